@@ -1,0 +1,74 @@
+"""The state of an unfinished run: weights, optimizer, progress. Safetensors and JSON, no pickle.
+
+Everything random in the engine is a function of (seed, step), so there is no generator to save.
+A checkpoint is written beside the last one and takes its place by renaming: a kill at any moment
+leaves one whole checkpoint.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fuserl.optimizer import Optimizer
+
+
+class Checkpoint:
+    """The folder `checkpoint` inside a run's folder."""
+
+    def __init__(self, out: Path) -> None:
+        self._folder = out / "checkpoint"
+        self._new = out / "checkpoint.new"
+        self._old = out / "checkpoint.old"
+
+    def exists(self) -> bool:
+        return self._folder.exists() or self._old.exists()
+
+    def save(
+        self, modules: Mapping[str, nn.Module], optimizer: Optimizer, progress: Mapping[str, Any]
+    ) -> None:
+        """progress: what JSON holds; read back by `progress`."""
+        shutil.rmtree(self._new, ignore_errors=True)
+        self._new.mkdir(parents=True)
+        for name, module in modules.items():
+            _save(module.state_dict(), self._new / f"{name}.safetensors")
+        _save(optimizer.state(), self._new / "optimizer.safetensors")
+        with (self._new / "progress.json").open("w") as file:
+            json.dump({**progress, "optimizer_steps": optimizer.steps}, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        if self._folder.exists():
+            shutil.rmtree(self._old, ignore_errors=True)
+            self._folder.rename(self._old)
+        self._new.rename(self._folder)
+        shutil.rmtree(self._old, ignore_errors=True)
+
+    def progress(self) -> dict[str, Any]:
+        return json.loads((self._whole() / "progress.json").read_text())
+
+    def load(self, modules: Mapping[str, nn.Module], optimizer: Optimizer) -> None:
+        """Fill modules and optimizer in place."""
+        folder = self._whole()
+        for name, module in modules.items():
+            module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+        optimizer.load_state(
+            load_file(folder / "optimizer.safetensors"), self.progress()["optimizer_steps"]
+        )
+
+    def remove(self) -> None:
+        for folder in (self._folder, self._new, self._old):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _whole(self) -> Path:
+        return self._folder if self._folder.exists() else self._old
+
+
+def _save(tensors: Mapping[str, Any], path: Path) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,155 @@
+"""The command line: a table of commands, flags made from the configuration classes, and YAML.
+
+A YAML file given with --config is turned into flags that stand before the ones typed, so a typed
+flag wins. torch is imported by a command that runs, never to show help.
+"""
+
+import dataclasses
+import inspect
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fuserl import config as configs
+from fuserl.interrupt import EXIT_CODE, Interrupted
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    config: type | None
+    function: str
+    """module:function, called with the configuration (without one: with nothing)."""
+    help: str
+
+
+COMMANDS = {
+    "quickstart": Command(
+        configs.QuickstartConfig,
+        "fuserl.quickstart.pipeline:run_quickstart",
+        "watch a language model learn from preferences, from nothing, in minutes",
+    ),
+    "sft": Command(configs.SFTConfig, "fuserl.commands:sft", "supervised fine-tuning"),
+    "reward": Command(
+        configs.RewardConfig, "fuserl.commands:reward", "a reward model from preferences"
+    ),
+    "rl": Command(
+        configs.RLConfig, "fuserl.commands:rl", "PPO or REINFORCE against a reward model"
+    ),
+    "generate": Command(
+        configs.GenerateConfig, "fuserl.generate:run_generate", "completions of prompts"
+    ),
+    "evaluate": Command(
+        configs.EvaluateConfig,
+        "fuserl.evaluate:run_evaluate",
+        "loss, ROUGE-L and win rate of a policy; accuracy of a reward model",
+    ),
+    "doctor": Command(
+        None, "fuserl.doctor:run_doctor", "what is installed, what is in use, what would be faster"
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The `fuserl` command. Returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    name, *flags = arguments
+    if name == "--version":
+        from importlib.metadata import version
+
+        print(f"fuserl {version('fuserl')}")
+        return 0
+    if name not in COMMANDS:
+        print(f"fuserl: no command {name!r}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    command = COMMANDS[name]
+    try:
+        return _run(command, name, flags)
+    except Interrupted as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        return EXIT_CODE
+    except (ValueError, FileNotFoundError) as error:
+        print(f"fuserl {name}: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(command: Command, name: str, flags: list[str]) -> int:
+    if command.config is None:
+        if flags:
+            print(f"usage: fuserl {name}\n\n{command.help}")
+            return 0 if flags[0] in ("-h", "--help") else 2
+        _load(command.function)()
+        return 0
+    config = parse(command.config, flags, prog=f"fuserl {name}")
+    _load(command.function)(config)
+    return 0
+
+
+def parse(kind: type, flags: list[str], *, prog: str) -> Any:
+    """A configuration from flags and the YAML file that `--config` names."""
+    import tyro
+
+    flags, path = _take_config(flags)
+    if path is not None:
+        flags = _yaml_flags(kind, path) + flags
+    about = inspect.cleandoc(kind.__doc__ or "")
+    return tyro.cli(
+        kind,
+        args=flags,
+        prog=prog,
+        description=f"{about}\n\n--config FILE.yaml gives any of these options too.",
+    )
+
+
+def _take_config(flags: list[str]) -> tuple[list[str], Path | None]:
+    for i, flag in enumerate(flags):
+        if flag == "--config":
+            if i + 1 == len(flags):
+                raise ValueError("--config needs a file")
+            return flags[:i] + flags[i + 2 :], Path(flags[i + 1])
+        if flag.startswith("--config="):
+            return flags[:i] + flags[i + 1 :], Path(flag.removeprefix("--config="))
+    return flags, None
+
+
+def _yaml_flags(kind: type, path: Path) -> list[str]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected `option: value` lines, found {content!r}")
+    known = [field.name for field in dataclasses.fields(kind)]
+    flags = []
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise ValueError(f"{path}: unknown option {key!r}; known: {', '.join(known)}")
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags.append(f"--{flag}={value}")
+    return flags
+
+
+def _load(function: str) -> Any:
+    from importlib import import_module
+
+    module, name = function.split(":")
+    return getattr(import_module(module), name)
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:{width}}{command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["usage: fuserl COMMAND [--option VALUE ...]", "", "commands:", *lines, ""]
+        + ["`fuserl COMMAND --help` lists the options; --config FILE.yaml sets them from a file."]
+    )

@@ -1,0 +1,289 @@
+"""What each stage can be told: one frozen dataclass a stage, which is also its flags and its YAML.
+
+Nothing here imports torch: `fuserl --help` reads this file alone.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+ALGORITHM_NAMES = ("ppo", "reinforce", "reinforce_baseline")
+PRESET_NAMES = ("n+",)
+
+
+def _require_positive(config: object, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """What every command that reads a model and rows shares."""
+
+    model: str
+    """Hugging Face folder or hub id (sft also: tiny, small or medium, from scratch)."""
+    data: str
+    """JSONL file of rows."""
+    seed: int = 0
+    """Of everything random: initial weights, the order of the data, the sampler, the bootstrap."""
+    batch_size: int = 32
+    """Rows at a time: of one optimizer step, one rollout (its prompts), one evaluation batch."""
+    prompt_template: str | None = None
+    """Text around a plain prompt, such as "{prompt} TL;DR:". Default: what the model's folder
+    says, else the prompt alone. It is kept with a trained model."""
+    chat_template: str | None = None
+    """Jinja file for conversational rows, where the tokenizer brings no template."""
+    over_long: Literal["filter", "truncate"] = "filter"
+    """Rows longer than the limit are left out, or lose the end of their prompt; counted."""
+    skip_bad_rows: bool = False
+    """Count rows that cannot be read and go on, instead of stopping at the first."""
+    device: str | None = None
+    """Default: the CUDA device of LOCAL_RANK if there is one, else the CPU."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "batch_size")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig(DataConfig):
+    """What every training stage shares."""
+
+    out: str
+    """Folder for the trained model, metrics.jsonl, summary.json and the checkpoint."""
+    resume: bool = False
+    """Go on from the checkpoint in --out, with the same options as before."""
+    overwrite: bool = False
+    """Replace whatever --out holds."""
+    microbatch_size: int = 32
+    """Rows of one forward and backward; it changes memory, never the result."""
+    learning_rate: float = 1e-4
+    """Peak learning rate of AdamW."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate goes from its peak to zero (constant: it stays)."""
+    warmup_share: float = 0.03
+    """Share of the optimizer steps over which the learning rate rises from zero."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices only."""
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this norm."""
+    save_every: int = 200
+    """Steps between checkpoints (0: only when interrupted)."""
+
+    def __post_init__(self) -> None:
+        DataConfig.__post_init__(self)
+        _require_positive(self, "microbatch_size", "learning_rate", "max_grad_norm")
+        if not 0 <= self.warmup_share < 1:
+            raise ValueError(f"warmup_share must be in [0, 1), got {self.warmup_share}")
+        if self.save_every < 0:
+            raise ValueError(f"save_every must not be negative, got {self.save_every}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SFTConfig(TrainConfig):
+    """Supervised fine-tuning on {"prompt", "completion"}, {"text"} or {"messages"} rows.
+
+    First `lm_epochs` with the loss on all tokens (language modelling: where a model from
+    scratch begins), then `epochs` with the loss on the completions.
+    """
+
+    validation_data: str | None = None
+    """JSONL file on which the loss is reported at the end of each epoch."""
+    epochs: int = 1
+    """Passes over the data with the loss on the completion tokens."""
+    lm_epochs: int = 0
+    """Passes before those with the loss on all tokens."""
+    max_length: int = 512
+    """Tokens of prompt and completion together."""
+    vocab_size: int | None = None
+    """Vocabulary of the tokenizer trained for a model from scratch. Default: its configuration's."""
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        _require_positive(self, "max_length")
+        if self.epochs < 0 or self.lm_epochs < 0 or self.epochs + self.lm_epochs == 0:
+            raise ValueError(
+                f"epochs ({self.epochs}) and lm_epochs ({self.lm_epochs}) must not be negative, "
+                "and one of them must be positive"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardConfig(TrainConfig):
+    """A reward model from {"prompt", "chosen", "rejected"} pairs or {"prompt", "ranked"} rankings
+    (best first), by -log sigmoid of the difference of scores."""
+
+    validation_data: str | None = None
+    """JSONL file of pairs or rankings on which the accuracy is reported."""
+    epochs: int = 1
+    """Passes over the data."""
+    max_length: int = 512
+    """Tokens of prompt and completion together."""
+    center_coef: float = 0.0
+    """Weight of (chosen + rejected)^2, which keeps scores around zero while training."""
+    validate_every: int = 0
+    """Steps between validations (0: at the end of each epoch)."""
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        _require_positive(self, "max_length", "epochs")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RLConfig(TrainConfig):
+    """Reinforcement learning from a reward model or, in Python, any function."""
+
+    reward_model: str | None = None
+    """Folder of a reward model. From Python a function may take its place."""
+    algorithm: Literal["ppo", "reinforce", "reinforce_baseline"] = "ppo"
+    """ppo has a critic and clips; reinforce weighs each token by its return;
+    reinforce_baseline subtracts the batch's mean return first."""
+    preset: Literal["n+"] = "n+"
+    """Whose conventions: where the score sits, missing EOS, variance of the whitening."""
+    steps: int = 100
+    """Rollouts, each followed by its updates."""
+    num_samples: int = 1
+    """Completions of each prompt."""
+    num_epochs: int | None = None
+    """Passes over each rollout. Default: 4 for ppo, 1 for reinforce."""
+    num_minibatches: int = 1
+    """Optimizer steps of one pass."""
+    max_new_tokens: int = 64
+    """Limit of a completion, in tokens."""
+    max_prompt_length: int = 512
+    """Limit of a prompt, in tokens."""
+    temperature: float = 0.7
+    """Of the sampling, and of every log-probability taken after it."""
+    reward_at: Literal["sequence", "token"] = "sequence"
+    """One score a completion, or one a token."""
+    kl_coef: float = 0.05
+    """Weight of the KL penalty against the starting policy, in the reward of each token."""
+    kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
+    """Estimator of the KL penalty."""
+    gamma: float = 1.0
+    """Discount of later rewards."""
+    gae_lambda: float = 0.95
+    """Decay of generalised advantage estimation (ppo)."""
+    clip_range: float = 0.2
+    """Clip of the policy's ratio around 1 (ppo)."""
+    value_clip_range: float = 0.2
+    """Clip of the critic's move (ppo)."""
+    vf_coef: float = 0.1
+    """Weight of the value loss (ppo)."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    whiten_rewards: bool = False
+    """Scale rewards to unit variance, keeping their mean."""
+    missing_eos_penalty: float = 1.0
+    """A completion without EOS scores minus this."""
+    critic_model: str | None = None
+    """Folder the critic starts from (ppo). Default: the reward model, else the policy."""
+    critic_learning_rate: float | None = None
+    """Default: learning_rate."""
+    learning_rate: float = 3e-5
+    """Peak learning rate of AdamW."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """How the learning rate goes from its peak to zero (constant: it stays)."""
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        _require_positive(
+            self,
+            *("steps", "num_samples", "num_minibatches", "max_new_tokens", "max_prompt_length"),
+            *("temperature", "clip_range", "value_clip_range"),
+        )
+        for name, known in (("algorithm", ALGORITHM_NAMES), ("preset", PRESET_NAMES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.num_epochs is not None and self.num_epochs < 1:
+            raise ValueError(f"num_epochs must be positive, got {self.num_epochs}")
+        if self.num_minibatches > self.batch_size * self.num_samples:
+            raise ValueError(
+                f"num_minibatches ({self.num_minibatches}) exceeds the rollout's "
+                f"{self.batch_size * self.num_samples} sequences"
+            )
+        if self.algorithm != "ppo":
+            self._refuse_critic_options()
+
+    def _refuse_critic_options(self) -> None:
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in ("critic_model", "critic_learning_rate", "vf_coef", "value_clip_range"):
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name} makes no sense with {self.algorithm}: it has no critic")
+        if self.gae_lambda != defaults["gae_lambda"]:
+            raise ValueError(f"gae_lambda makes no sense with {self.algorithm}: it has no critic")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateConfig(DataConfig):
+    """Completions of prompts, from any policy folder."""
+
+    data: str | None = None  # type: ignore[assignment]
+    """JSONL file of rows with a prompt."""
+    prompt: str | None = None
+    """One prompt, instead of a file."""
+    out: str | None = None
+    """JSONL file to write; default: the screen."""
+    max_new_tokens: int = 128
+    """Limit of a completion, in tokens."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens (0: all)."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that hold this share of the probability."""
+    min_p: float = 0.0
+    """Leave out tokens below this share of the likeliest one's probability."""
+    num_samples: int = 1
+    """Completions of each prompt."""
+    max_prompt_length: int = 1024
+    """Longer prompts are left out, or truncated; counted."""
+
+    def __post_init__(self) -> None:
+        DataConfig.__post_init__(self)
+        if (self.data is None) == (self.prompt is None):
+            raise ValueError("give either data or prompt")
+        _require_positive(self, "max_new_tokens", "num_samples", "max_prompt_length")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateConfig(DataConfig):
+    """Measure a folder on held-out rows.
+
+    A policy on prompts with completions: loss, ROUGE-L of its completions, and with a reward
+    model their score and win rate against the rows' own. A reward model on pairs or rankings:
+    accuracy.
+    """
+
+    reward_model: str | None = None
+    """Folder of a reward model that judges the completions."""
+    tokenizer: str | None = None
+    """Folder whose tokenizer an untrained model takes."""
+    out: str | None = None
+    """JSON file for the result (completions beside it as .jsonl); default: the screen."""
+    max_new_tokens: int = 64
+    """Limit of a completion, in tokens."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    limit: int | None = None
+    """Use the first rows only."""
+    max_length: int = 1024
+    """Tokens of prompt and completion together."""
+
+    def __post_init__(self) -> None:
+        DataConfig.__post_init__(self)
+        _require_positive(self, "max_new_tokens", "max_length")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuickstartConfig:
+    """The whole pipeline on a corpus made from a seed: SFT, reward model, PPO, report."""
+
+    out: str = "runs/quickstart"
+    """Folder for the report, the metrics and the three models."""
+    seed: int = 0
+    """Of the corpus and of every stage."""
+    resume: bool = False
+    """Go on with a run that was interrupted."""

@@ -1,0 +1,17 @@
+"""Where a run computes."""
+
+import os
+
+import torch
+
+
+def default_device(name: str | None = None) -> torch.device:
+    """The device asked for, else cuda:LOCAL_RANK if there is CUDA, else the CPU."""
+    if name is not None:
+        device = torch.device(name)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device {name!r} was asked for, but torch sees no CUDA device")
+        return device
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")

@@ -1,0 +1,1 @@
+"""The decoder, its heads, its cache, and Hugging Face folders in and out."""

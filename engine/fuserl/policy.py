@@ -1,0 +1,176 @@
+"""A policy: language model and tokenizer of one Hugging Face folder, ready to speak and to train."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fuserl.data.batching import pad_rows
+from fuserl.data.prompt_template import PromptTemplate
+from fuserl.device import default_device
+from fuserl.model.folder import (
+    FolderNotes,
+    check_vocabulary,
+    load_language_model,
+    read_notes,
+    resolve_folder,
+    save_model,
+    write_notes,
+)
+from fuserl.model.heads import LanguageModel
+from fuserl.rollout.decode import decode
+from fuserl.rollout.sampling import SamplingParams
+from fuserl.sequences import completion_logprobs, join, mask_of_lengths
+from fuserl.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One entry a completion: prompts' order, the samples of a prompt together."""
+
+    token_ids: list[list[int]]
+    """The EOS included, where one was sampled."""
+    logprobs: list[list[float]]
+    """Of each token, after the temperature and before truncation."""
+    texts: list[str] | None
+    """None for a policy without a tokenizer."""
+
+
+class Policy:
+    """What `load_policy` returns; the trainers train `policy.model` in place."""
+
+    def __init__(
+        self, model: LanguageModel, tokenizer: Tokenizer | None, notes: FolderNotes, source: str
+    ) -> None:
+        self.model, self.tokenizer, self.notes, self.source = model, tokenizer, notes, source
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The tokenizer's, else the model configuration's."""
+        return self.tokenizer.eos_token_id if self.tokenizer else self.model.config.eos_token_id
+
+    def generate(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int | Sequence[int] = 128,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        n: int = 1,
+        seed: int = 0,
+        eos_token_id: int | None = None,
+        ignore_eos: bool = False,
+        batch_size: int = 64,
+        first_request_id: int = 0,
+    ) -> Generation:
+        """n completions of every prompt. Prompts are texts (put into the policy's prompt
+        template) or token ids; max_new_tokens is one limit or one a prompt; eos_token_id
+        overrides the tokenizer's; batch_size bounds the sequences decoded at a time and changes
+        no draw. Completions are numbered from first_request_id, and a completion's draws depend
+        on (seed, number) alone: calls that share a seed give each its own numbers.
+        """
+        sampling = SamplingParams(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
+        )
+        prompt_ids = self._prompt_ids(prompts)
+        limits = (
+            [max_new_tokens] * len(prompt_ids)
+            if isinstance(max_new_tokens, int)
+            else list(max_new_tokens)
+        )
+        eos = None if ignore_eos else self.eos_token_id if eos_token_id is None else eos_token_id
+        token_ids: list[list[int]] = []
+        logprobs: list[list[float]] = []
+        wave = max(1, batch_size // n)
+        for first in range(0, len(prompt_ids), wave):
+            part = prompt_ids[first : first + wave]
+            out = decode(
+                self.model,
+                part,
+                max_new_tokens=limits[first : first + wave],
+                sampling=sampling,
+                eos_token_id=eos,
+                num_samples=n,
+                request_ids=[first_request_id + first * n + i for i in range(len(part) * n)],
+            )
+            for row, row_logprobs, length in zip(
+                out.token_ids.tolist(), out.logprobs.tolist(), out.lengths.tolist(), strict=True
+            ):
+                token_ids.append(row[:length])
+                logprobs.append(row_logprobs[:length])
+        tokenizer = self.tokenizer
+        texts = [tokenizer.decode(row) for row in token_ids] if tokenizer else None
+        return Generation(token_ids, logprobs, texts)
+
+    @torch.no_grad()
+    def logprobs(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        *,
+        temperature: float = 1.0,
+    ) -> list[Tensor]:
+        """The trainer's forward: log-probabilities of the completions' tokens, one fp32 tensor
+        [completion length] a pair."""
+        if len(prompt_ids) != len(completion_ids):
+            raise ValueError(
+                f"prompt_ids has {len(prompt_ids)} rows and completion_ids {len(completion_ids)}"
+            )
+        device = self.model.device
+        prompts, prompt_lengths = (tensor.to(device) for tensor in pad_rows(prompt_ids))
+        completions, lengths = (tensor.to(device) for tensor in pad_rows(completion_ids))
+        if int(prompt_lengths.min()) < 1:
+            raise ValueError("prompt_ids holds an empty prompt: it needs at least one token")
+        logprobs = completion_logprobs(
+            self.model,
+            join(prompts, prompt_lengths, completions, lengths),
+            prompt_lengths,
+            completions,
+            mask_of_lengths(lengths, completions.shape[1]),
+            temperature,
+        )
+        return [
+            row[:length] for row, length in zip(logprobs.unbind(), lengths.tolist(), strict=True)
+        ]
+
+    def save(self, folder: str | Path) -> None:
+        """Write a Hugging Face folder: weights, configuration, tokenizer."""
+        save_model(self.model, Path(folder))
+        if self.tokenizer:
+            self.tokenizer.save(Path(folder))
+        write_notes(self.notes, Path(folder))
+
+    def _prompt_ids(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if not texts:
+            return [list(prompt) for prompt in prompts]  # type: ignore[arg-type]
+        if len(texts) != len(prompts):
+            raise ValueError("prompts must be all texts or all token ids")
+        if self.tokenizer is None:
+            raise ValueError(f"{self.source} has no tokenizer: give prompts as lists of token ids")
+        template = PromptTemplate.parse(self.notes.prompt_template)
+        encoded = template.encode(texts, self.tokenizer)
+        return [[*prompt.head, *prompt.tail] for prompt in encoded]
+
+
+def load_policy(
+    folder: str | Path, *, dtype: torch.dtype | None = None, device: str | None = None
+) -> Policy:
+    """A policy from a Hugging Face folder or hub id.
+
+    dtype: default the checkpoint's on CUDA, fp32 on a CPU. device: default cuda:LOCAL_RANK, else
+    cpu. A folder without a tokenizer works with token ids.
+    """
+    path = resolve_folder(folder)
+    tokenizer = load_tokenizer(path)
+    place = default_device(device)
+    if dtype is None and place.type == "cpu":
+        dtype = torch.float32
+    model = load_language_model(path, device=place, dtype=dtype)
+    if tokenizer:
+        check_vocabulary(model.config, tokenizer.vocab_size, path)
+    return Policy(model, tokenizer, read_notes(path), str(folder))

@@ -1,0 +1,127 @@
+"""Where scores come from: a reward model, or any Python function."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fuserl.batch import RolloutBatch
+from fuserl.data.examples import Prompt
+from fuserl.model.heads import ScalarModel
+from fuserl.sequences import completion_states, join, last_values
+from fuserl.tokenizer import Tokenizer
+
+RewardFunction = Callable[..., Sequence[float | None] | Sequence[Sequence[float]]]
+"""f(prompts, completions, **columns) -> one number a completion, None or NaN to leave it out
+(or, with reward_at="token", one list of numbers a completion, one for each of its tokens).
+prompts and completions are lists of str; columns are the rows' other keys, a list each, and
+completion_ids the sampled token ids."""
+
+
+class RewardError(ValueError):
+    """A reward function raised, or returned something of the wrong length or kind."""
+
+
+class Reward(Protocol):
+    def __call__(self, batch: RolloutBatch, prompts: Sequence[Prompt]) -> Tensor:
+        """Scores of the completions, [B] fp32 or [B, T] fp32. NaN: leave the sequence out."""
+
+
+class ModelReward:
+    """Scores by a reward model: its value after the completion's last token, or after each."""
+
+    def __init__(self, model: ScalarModel, *, microbatch_size: int, at_tokens: bool) -> None:
+        self.model = model
+        self._microbatch_size, self._at_tokens = microbatch_size, at_tokens
+
+    @torch.no_grad()
+    def __call__(self, batch: RolloutBatch, prompts: Sequence[Prompt]) -> Tensor:
+        return torch.cat(
+            [
+                self._score(batch.select(rows))
+                for rows in torch.arange(len(batch)).split(self._microbatch_size)
+            ]
+        )
+
+    def _score(self, batch: RolloutBatch) -> Tensor:
+        token_ids = join(
+            batch.prompts, batch.prompt_lengths, batch.completions, batch.completion_lengths
+        )
+        if not self._at_tokens:
+            return last_values(
+                self.model, token_ids, batch.prompt_lengths + batch.completion_lengths
+            )
+        # The value after token t, not before it: one position on from the completion states.
+        values = completion_states(
+            self.model.values(token_ids), batch.prompt_lengths + 1, batch.completions.shape[1]
+        )
+        return torch.where(batch.loss_mask, values, 0.0)
+
+
+class FunctionReward:
+    """Scores by a Python function (see RewardFunction), checked."""
+
+    def __init__(
+        self, function: RewardFunction, tokenizer: Tokenizer | None, *, at_tokens: bool
+    ) -> None:
+        self._function, self._tokenizer, self._at_tokens = function, tokenizer, at_tokens
+
+    def __call__(self, batch: RolloutBatch, prompts: Sequence[Prompt]) -> Tensor:
+        lengths = batch.completion_lengths.tolist()
+        completion_ids = [
+            row[:length] for row, length in zip(batch.completions.tolist(), lengths, strict=True)
+        ]
+        returned = self._call(prompts, completion_ids)
+        if len(returned) != len(prompts):
+            raise RewardError(
+                f"the reward function returned {len(returned)} scores for "
+                f"{len(prompts)} completions"
+            )
+        device = batch.completions.device
+        if not self._at_tokens:
+            scores = [_number(score, i) for i, score in enumerate(returned)]
+            return torch.tensor(scores, dtype=torch.float32, device=device)
+        rows = torch.zeros(batch.completions.shape, dtype=torch.float32)
+        for i, (row, length) in enumerate(zip(returned, lengths, strict=True)):
+            if not isinstance(row, Sequence) or len(row) != length:
+                raise RewardError(
+                    f'reward_at="token" needs one number for each of the {length} tokens of '
+                    f"completion {i}, got {row!r}"
+                )
+            rows[i, :length] = torch.tensor([_number(score, i) for score in row])
+        return rows.to(device)
+
+    def _call(self, prompts: Sequence[Prompt], completion_ids: list[list[int]]) -> Sequence[Any]:
+        names = set().union(*(prompt.columns for prompt in prompts))
+        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+        texts = [self._tokenizer.decode(ids) if self._tokenizer else "" for ids in completion_ids]
+        try:
+            return self._function(
+                prompts=[prompt.text for prompt in prompts],
+                completions=texts,
+                completion_ids=completion_ids,
+                **columns,
+            )
+        except Exception as error:
+            raise RewardError(
+                f"the reward function raised {type(error).__name__}: {error}\n"
+                f"first prompt of the batch ({prompts[0].where}): {prompts[0].text!r}\n"
+                f"its completion: {texts[0]!r}"
+            ) from error
+
+
+def _number(score: Any, row: int) -> float:
+    if score is None:
+        return math.nan
+    if isinstance(score, bool) or not hasattr(score, "__float__"):
+        raise RewardError(f"the reward of completion {row} is {score!r}, not a number")
+    return float(score)
+
+
+def observe(
+    monitors: Mapping[str, Reward], batch: RolloutBatch, prompts: Sequence[Prompt]
+) -> dict[str, Tensor]:
+    """Mean of rewards that are watched and not trained on."""
+    return {name: monitor(batch, prompts).nanmean() for name, monitor in monitors.items()}

@@ -1,0 +1,1 @@
+"""Prompts in, sampled completions and their log-probabilities out."""

@@ -1,0 +1,167 @@
+"""The decode loop: ragged prompts in, sampled completions with their log-probabilities out.
+
+Prompts are computed once, whatever the number of samples of each. A row's randomness is keyed by
+(seed, request id, completion index), so its draws do not depend on the rows beside it. Rows that
+ended are dropped from the batch once they are a quarter of it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import fuserl_kernels as fk
+from fuserl.data.batching import pad_rows
+from fuserl.model.cache import KVCache
+from fuserl.model.heads import LanguageModel
+from fuserl.rollout.sampling import SamplingParams
+
+KEEP_SHARE = 0.75
+"""Live share of the rows below which the ended ones are dropped from the cache."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completions:
+    """R rows, prompts' order, the samples of a prompt together."""
+
+    prompts: Tensor  # [R, P] int64, right-padded
+    prompt_lengths: Tensor  # [R] int64
+    token_ids: Tensor  # [R, T] int64, right-padded, EOS included
+    lengths: Tensor  # [R] int64, EOS included
+    has_eos: Tensor  # [R] bool
+    logprobs: Tensor  # [R, T] fp32, 0 after the end
+
+
+@torch.no_grad()
+def decode(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int | Sequence[int],
+    sampling: SamplingParams,
+    eos_token_id: int | None,
+    num_samples: int = 1,
+    request_ids: Sequence[int] | None = None,
+    on_step: Callable[[], None] | None = None,
+) -> Completions:
+    """Sample `num_samples` completions of every prompt.
+
+    max_new_tokens: one limit, or one a prompt. eos_token_id None: nothing but the limit ends a
+    row. request_ids: one a row (prompt-major), default the row's number. on_step is called
+    before each token and may raise to give the rollout up.
+
+    Raises ValueError for an empty prompt, for a token id outside the vocabulary, for a request
+    longer than the model's positions, and for logits that hold no distribution (NaN).
+    """
+    limits = _limits(max_new_tokens, len(prompts))
+    _check_prompts(model, prompts, limits)
+    device = model.device
+    rows = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)
+    padded, lengths = (tensor.to(device) for tensor in pad_rows(prompts))
+    limit = torch.tensor(limits, device=device)[rows]
+    if request_ids is None:
+        request_ids = range(len(rows))
+    requests = torch.tensor(list(request_ids), device=device)
+
+    # An ended row decodes on, unread, until it is dropped: its slots must exist.
+    capacity = padded.shape[1] + max(limits)
+    cache = KVCache(model.config, lengths, capacity, model.output_weight.dtype)
+    hidden = model(padded, cache)
+    hidden = hidden[torch.arange(len(prompts), device=device), lengths - 1]  # [prompts, D]
+    cache.begin_decode(padded.shape[1])
+    if num_samples > 1:
+        cache.keep(rows)
+        hidden = hidden[rows]
+
+    width = max(limits)
+    token_ids = torch.zeros(len(rows), width, dtype=torch.int64, device=device)
+    logprobs = torch.zeros(len(rows), width, device=device)
+    ended_at = limit.clone()
+    has_eos = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    live = torch.arange(len(rows), device=device)  # the rows of the batch as it stands
+    for step in range(width):
+        if on_step is not None:
+            on_step()
+        logits = hidden @ model.output_weight.T
+        drawn, drawn_logprobs, _ = fk.sample_tokens(
+            logits,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            seed=sampling.seed,
+            request_ids=requests[live],
+            positions=torch.full_like(live, step),
+        )
+        if bool((drawn < 0).any()):
+            raise ValueError(_no_distribution(requests[live[drawn < 0]], step))
+        running = ended_at[live] > step  # a row that ended is still in the batch until dropped
+        writers = live[running]
+        token_ids[writers, step] = drawn[running]
+        logprobs[writers, step] = drawn_logprobs[running]
+        if eos_token_id is not None:
+            finished = writers[drawn[running] == eos_token_id]
+            has_eos[finished] = True
+            ended_at[finished] = step + 1
+        running = ended_at[live] > step + 1
+        num_running = int(running.sum())
+        if num_running == 0:
+            break
+        if num_running <= KEEP_SHARE * len(live):
+            cache.keep(running.nonzero().squeeze(1))
+            live, drawn = live[running], drawn[running]
+        cache.begin_step()
+        hidden = model(drawn[:, None], cache)[:, 0]
+        cache.end_step()
+
+    longest = int(ended_at.max())
+    return Completions(
+        prompts=padded[rows],
+        prompt_lengths=lengths[rows],
+        token_ids=token_ids[:, :longest],
+        lengths=ended_at,
+        has_eos=has_eos,
+        logprobs=logprobs[:, :longest],
+    )
+
+
+def _limits(max_new_tokens: int | Sequence[int], num_prompts: int) -> list[int]:
+    if isinstance(max_new_tokens, int):
+        limits = [max_new_tokens] * num_prompts
+    else:
+        limits = list(max_new_tokens)
+    if len(limits) != num_prompts:
+        raise ValueError(f"max_new_tokens has {len(limits)} entries for {num_prompts} prompts")
+    if not limits:
+        raise ValueError("prompts must not be empty")
+    if min(limits) < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {min(limits)}")
+    return limits
+
+
+def _check_prompts(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], limits: Sequence[int]
+) -> None:
+    config = model.config
+    for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        if not prompt:
+            raise ValueError(f"prompts[{i}] is empty: it needs at least one token")
+        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+            wrong = next(token for token in prompt if not 0 <= token < config.vocab_size)
+            raise ValueError(
+                f"prompts[{i}] holds token id {wrong}, outside the vocabulary of "
+                f"{config.vocab_size}"
+            )
+        if len(prompt) + limit > config.max_positions:
+            raise ValueError(
+                f"prompts[{i}] has {len(prompt)} tokens; with max_new_tokens {limit} it passes "
+                f"the model's {config.max_positions} positions"
+            )
+
+
+def _no_distribution(request_ids: Tensor, step: int) -> str:
+    return (
+        f"the model's logits hold no distribution (NaN, or all -inf) for request "
+        f"{int(request_ids[0])} at completion token {step}; its weights are probably broken"
+    )

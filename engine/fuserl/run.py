@@ -1,0 +1,171 @@
+"""One stage's run in one folder: its steps, metrics, progress bar, checkpoint and Ctrl-C.
+
+The stages' loops stay plain: `for step in run.steps(): ...; run.log(...)`.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from fuserl.checkpoint import Checkpoint
+from fuserl.config import TrainConfig
+from fuserl.interrupt import Interrupted, InterruptFlag
+from fuserl.metrics import Metrics, MetricsLog
+from fuserl.optimizer import Optimizer
+
+_MAY_DIFFER = {"out", "resume", "overwrite", "save_every", "microbatch_size", "device"}
+"""Options that a resumed run may change: none of them changes what is computed."""
+
+
+class Run:
+    """Context manager around a stage's loop. On entry a resumed run is restored; on an error the
+    state of the last whole step is saved, unless weights have moved since."""
+
+    def __init__(
+        self,
+        stage: str,
+        config: TrainConfig,
+        *,
+        total_steps: int,
+        modules: Mapping[str, nn.Module],
+        optimizer: Optimizer,
+    ) -> None:
+        self.out = Path(config.out)
+        self.total_steps = total_steps
+        self.step = 0  # whole steps done
+        self.seconds = 0.0  # of this run and the ones it resumes
+        self._stage, self._config = stage, config
+        self._modules, self._optimizer = modules, optimizer
+        self._checkpoint = Checkpoint(self.out)
+        self._interrupt = InterruptFlag()
+        self._saved_at = -1
+
+    def __enter__(self) -> "Run":
+        if self._config.resume:
+            self._restore()
+        self._optimizer_steps = self._optimizer.steps
+        self._began = time.perf_counter()
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._log = MetricsLog(self.out / "metrics.jsonl", self._stage, self.step)
+        self._bar = tqdm(
+            total=self.total_steps, initial=self.step, desc=self._stage, unit="step", mininterval=1
+        )
+        self._interrupt.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._interrupt.__exit__(kind, error, trace)
+        self._bar.close()
+        if error is None:
+            return
+        interrupted = isinstance(error, Interrupted)
+        if self._optimizer.steps == self._optimizer_steps and (self.step > 0 or interrupted):
+            self.save()
+        if interrupted:
+            raise Interrupted(
+                f"{self._stage} stopped after step {self.step} of {self.total_steps}, saved in "
+                f"{self.out}; to go on, run the same command with --resume"
+            ) from None
+
+    def steps(self) -> Iterator[int]:
+        """The steps still to do, 0-based; saves between them as the configuration says."""
+        every = self._config.save_every
+        for step in range(self.step, self.total_steps):
+            self.check()
+            yield step
+            self.step = step + 1
+            self._optimizer_steps = self._optimizer.steps
+            self._bar.update()
+            if every and self.step % every == 0 and self.step < self.total_steps:
+                self.save()
+
+    def check(self) -> None:
+        """Raise Interrupted if Ctrl-C or SIGTERM came. Long phases that change no weight call
+        this; the phase is done again after a resume."""
+        self._interrupt.check()
+
+    def log(self, step: int, metrics: Metrics, *, show: tuple[str, ...] = ()) -> None:
+        """One line of metrics.jsonl for step `step` (0-based); `show` goes beside the bar."""
+        numbers = self._log.write(step + 1, metrics)
+        if show:
+            self._bar.set_postfix({name.split("/")[-1]: f"{numbers[name]:.3g}" for name in show})
+
+    def save(self) -> None:
+        if self._saved_at == self.step:
+            return
+        self._checkpoint.save(
+            self._modules,
+            self._optimizer,
+            {
+                "stage": self._stage,
+                "step": self.step,
+                "seconds": self._elapsed(),
+                "config": dataclasses.asdict(self._config),
+            },
+        )
+        self._saved_at = self.step
+
+    def finish(self, summary: Mapping[str, Any]) -> dict[str, Any]:
+        """Write summary.json and drop the checkpoint. Call it when the model is saved."""
+        whole = {"stage": self._stage, **summary, "seconds": round(self._elapsed(), 2)}
+        (self.out / "summary.json").write_text(json.dumps(whole, indent=2) + "\n")
+        self._checkpoint.remove()
+        return whole
+
+    def _elapsed(self) -> float:
+        return self.seconds + time.perf_counter() - self._began
+
+    def _restore(self) -> None:
+        progress = self._checkpoint.progress()
+        before, now = progress["config"], json.loads(json.dumps(dataclasses.asdict(self._config)))
+        changed = [
+            f"{name}: {before.get(name)!r} -> {now[name]!r}"
+            for name in now
+            if name not in _MAY_DIFFER and now[name] != before.get(name)
+        ]
+        if progress["stage"] != self._stage:
+            raise ValueError(f"{self.out} holds an unfinished {progress['stage']} run")
+        if changed:
+            raise ValueError(
+                f"the options differ from those of the run to resume in {self.out}: "
+                + "; ".join(changed)
+            )
+        self._checkpoint.load(self._modules, self._optimizer)
+        self.step = self._saved_at = progress["step"]
+        self.seconds = progress["seconds"]
+
+
+def prepare_folder(config: TrainConfig) -> dict[str, Any] | None:
+    """Look at --out before any work is done.
+
+    Returns the summary of a finished run that is asked to resume (nothing is left to do), else
+    None. Raises ValueError if the folder holds a run that would be lost, or none to resume.
+    """
+    out = Path(config.out)
+    summary, checkpoint = out / "summary.json", Checkpoint(out)
+    if config.resume:
+        if checkpoint.exists():
+            return None
+        if summary.exists():
+            return json.loads(summary.read_text())
+        raise ValueError(f"there is no run to resume in {out}")
+    if config.overwrite:
+        checkpoint.remove()
+        summary.unlink(missing_ok=True)
+    elif checkpoint.exists():
+        raise ValueError(f"{out} holds an unfinished run: add --resume, or --overwrite to lose it")
+    elif summary.exists():
+        raise ValueError(f"{out} holds a finished run: choose another --out, or add --overwrite")
+    return None

@@ -1,0 +1,63 @@
+"""The phase after the rollout: scores, the reference's log-probabilities, the critic's values."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fuserl.batch import RolloutBatch
+from fuserl.data.examples import Prompt
+from fuserl.model.heads import LanguageModel, ScalarModel
+from fuserl.rewards import Reward
+from fuserl.sequences import completion_logprobs, completion_values, join
+
+
+@torch.no_grad()
+def score(
+    batch: RolloutBatch,
+    prompts: Sequence[Prompt],
+    *,
+    reward: Reward,
+    reference: LanguageModel,
+    critic: ScalarModel | None,
+    temperature: float,
+    microbatch_size: int,
+) -> RolloutBatch:
+    """Fill scores, ref_logprobs and values. A sequence whose score is NaN or infinite is left
+    out: its loss_mask becomes all False and its score 0."""
+    scores = reward(batch, prompts)
+    bad = ~scores.isfinite()
+    excluded = bad if bad.ndim == 1 else bad.any(dim=1)
+    scores = torch.where(bad, 0.0, scores)
+    batch = dataclasses.replace(
+        batch, scores=scores, loss_mask=batch.loss_mask & ~excluded[:, None]
+    )
+    ref_logprobs, values = [], []
+    for rows in torch.arange(len(batch), device=scores.device).split(microbatch_size):
+        part = batch.select(rows)
+        token_ids = join(
+            part.prompts, part.prompt_lengths, part.completions, part.completion_lengths
+        )
+        ref_logprobs.append(
+            completion_logprobs(
+                reference,
+                token_ids,
+                part.prompt_lengths,
+                part.completions,
+                part.loss_mask,
+                temperature,
+            )
+        )
+        if critic is not None:
+            width = part.completions.shape[1]
+            values.append(completion_values(critic, token_ids, part.prompt_lengths, width))
+    return dataclasses.replace(
+        batch,
+        ref_logprobs=torch.cat(ref_logprobs),
+        values=_cat(values),
+    )
+
+
+def _cat(parts: list[Tensor]) -> Tensor | None:
+    return torch.cat(parts) if parts else None

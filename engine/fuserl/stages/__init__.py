@@ -1,0 +1,1 @@
+"""What a person runs: supervised fine-tuning, the reward model, reinforcement learning."""

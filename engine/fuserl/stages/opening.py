@@ -1,0 +1,45 @@
+"""What every stage does first: the tokenizer and notes of the model it starts from, and its rows."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from fuserl.config import DataConfig
+from fuserl.data.counts import Counts
+from fuserl.model.folder import FolderNotes, read_notes
+from fuserl.tokenizer import Tokenizer, load_tokenizer
+
+
+def open_tokenizer(folder: Path, config: DataConfig) -> Tokenizer:
+    """The folder's tokenizer, with the chat template asked for."""
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise ValueError(f"{folder} has no tokenizer files, and the rows are text")
+    return with_chat_template(tokenizer, config)
+
+
+def with_chat_template(tokenizer: Tokenizer, config: DataConfig) -> Tokenizer:
+    if config.chat_template is None:
+        return tokenizer
+    return tokenizer.with_chat_template(Path(config.chat_template).read_text())
+
+
+def open_notes(folder: Path | None, config: DataConfig) -> FolderNotes:
+    """The folder's notes, with the prompt template asked for."""
+    notes = read_notes(folder) if folder else FolderNotes()
+    if config.prompt_template is None:
+        return notes
+    return dataclasses.replace(notes, prompt_template=config.prompt_template)
+
+
+def loading(config: DataConfig, notes: FolderNotes) -> dict[str, Any]:
+    """The keyword arguments that every loader of rows takes."""
+    return {
+        "prompt_template": notes.prompt_template,
+        "over_long": config.over_long,
+        "skip_bad_rows": config.skip_bad_rows,
+    }
+
+
+def tell(name: str, counts: Counts) -> None:
+    print(f"{name}: {counts.summary()}", flush=True)

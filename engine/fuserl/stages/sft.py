@@ -1,0 +1,167 @@
+"""Supervised fine-tuning: next-token loss on the completions, or on every token."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuserl.config import SFTConfig
+from fuserl.data.batching import pad_rows
+from fuserl.data.examples import PromptCompletion, load_completions
+from fuserl.data.formats import training_texts
+from fuserl.data.rows import Source, read_rows, source_name
+from fuserl.device import default_device
+from fuserl.model.config import SMALL_NAMES, small_config
+from fuserl.model.folder import resolve_folder
+from fuserl.model.heads import LanguageModel
+from fuserl.optimizer import Optimizer
+from fuserl.policy import Policy, load_policy
+from fuserl.run import Run, prepare_folder
+from fuserl.sequences import completion_logprobs, join, mask_of_lengths
+from fuserl.stages.opening import loading, open_notes, open_tokenizer, tell, with_chat_template
+from fuserl.stages.supervised import evaluate_on, plan_epochs, train_on
+from fuserl.tokenizer import train_tokenizer
+
+
+class SFTTrainer:
+    """SFTTrainer("folder", data="rows.jsonl", out="runs/sft", epochs=2).train()
+
+    model: a folder, a hub id, a named small configuration (a model and tokenizer from scratch),
+    or a Policy. data, validation_data: a file, or a list of dicts. options: SFTConfig's fields.
+    """
+
+    def __init__(
+        self,
+        model: str | Policy,
+        *,
+        data: Source,
+        out: str | Path,
+        validation_data: Source | None = None,
+        **options: Any,
+    ) -> None:
+        self._data, self._validation_data = data, validation_data
+        self._given = model if isinstance(model, Policy) else None
+        self.config = SFTConfig(
+            model=model.source if isinstance(model, Policy) else model,
+            data=source_name(data),
+            out=str(out),
+            validation_data=None if validation_data is None else source_name(validation_data),
+            **options,
+        )
+
+    def train(self) -> dict[str, Any]:
+        """Train and save; returns what summary.json says."""
+        config = self.config
+        if (finished := prepare_folder(config)) is not None:
+            return finished
+        policy = self._policy()
+        policy.model.train()
+        examples = self._load(self._data, policy, "data")
+        objective = CompletionLoss(policy.model, examples)
+        text_objective = CompletionLoss(policy.model, [_whole_text(e) for e in examples])
+        validation = None
+        if self._validation_data is not None:
+            held_out = self._load(self._validation_data, policy, "validation data")
+            validation = CompletionLoss(policy.model, held_out)
+        plan = plan_epochs(
+            [text_objective] * config.lm_epochs + [objective] * config.epochs,
+            config.batch_size,
+            seed=config.seed,
+        )
+        modules = {"policy": policy.model}
+        optimizer = Optimizer(modules, config, total_steps=len(plan))
+        with Run(
+            "sft", config, total_steps=len(plan), modules=modules, optimizer=optimizer
+        ) as run:
+            last = train_on(
+                run,
+                plan,
+                optimizer,
+                config,
+                validate=lambda: evaluate_on(validation, config.microbatch_size),
+            )
+            policy.save(run.out)
+            return run.finish({"steps": len(plan), "rows": len(examples), **last})
+
+    def _policy(self) -> Policy:
+        config = self.config
+        if self._given is not None:
+            return self._given
+        if config.model in SMALL_NAMES:
+            return _from_scratch(config, self._data)
+        if config.vocab_size is not None:
+            raise ValueError("vocab_size is for a model from scratch: a folder brings its own")
+        folder = resolve_folder(config.model)
+        policy = load_policy(folder, device=config.device, dtype=torch.float32)
+        policy.tokenizer = open_tokenizer(folder, config)
+        policy.notes = open_notes(folder, config)
+        return policy
+
+    def _load(self, source: Source, policy: Policy, name: str) -> list[PromptCompletion]:
+        config = self.config
+        assert policy.tokenizer is not None
+        examples, counts = load_completions(
+            source,
+            policy.tokenizer,
+            max_length=min(config.max_length, policy.model.config.max_positions),
+            **loading(config, policy.notes),
+        )
+        tell(name, counts)
+        return examples
+
+
+class CompletionLoss:
+    """Mean negative log-likelihood of the completion tokens (an Objective of supervised.py)."""
+
+    def __init__(self, model: LanguageModel, examples: Sequence[PromptCompletion]) -> None:
+        self._model, self._examples = model, examples
+        self.lengths = [len(e.prompt_ids) + len(e.completion_ids) for e in examples]
+
+    def weight(self, rows: Sequence[int]) -> int:
+        return sum(len(self._examples[row].completion_ids) for row in rows)
+
+    def loss(self, rows: Sequence[int]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        device = self._model.device
+        examples = [self._examples[row] for row in rows]
+        prompts, prompt_lengths = pad_rows([e.prompt_ids for e in examples])
+        completions, lengths = pad_rows([e.completion_ids for e in examples])
+        prompts, prompt_lengths = prompts.to(device), prompt_lengths.to(device)
+        completions, lengths = completions.to(device), lengths.to(device)
+        logprobs = completion_logprobs(
+            self._model,
+            join(prompts, prompt_lengths, completions, lengths),
+            prompt_lengths,
+            completions,
+            mask_of_lengths(lengths, completions.shape[1]),
+        )
+        return -logprobs.sum() / self.weight(rows), {}
+
+
+def _whole_text(example: PromptCompletion) -> PromptCompletion:
+    """The same tokens, trained from the second one on: language modelling."""
+    first, *rest = example.prompt_ids
+    return dataclasses.replace(
+        example, prompt_ids=(first,), completion_ids=(*rest, *example.completion_ids)
+    )
+
+
+def _from_scratch(config: SFTConfig, data: Source) -> Policy:
+    """A small model with random weights, and a tokenizer trained on the rows' text."""
+    notes = open_notes(None, config)
+    sizes = small_config(config.model, config.vocab_size)
+    rows, _ = read_rows(data, skip_bad_rows=config.skip_bad_rows)
+    tokenizer = train_tokenizer(training_texts(rows, notes.prompt_template), sizes.vocab_size)
+    tokenizer = with_chat_template(tokenizer, config)
+    sizes = dataclasses.replace(
+        sizes,
+        vocab_size=tokenizer.vocab_size,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LanguageModel(sizes)
+    model.initialize(config.seed)
+    return Policy(model.to(default_device(config.device)), tokenizer, notes, config.model)

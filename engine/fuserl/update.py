@@ -1,0 +1,97 @@
+"""The phase that learns: epochs of minibatches over one rollout, accumulated over microbatches.
+
+Every loss is divided by the token count of its whole optimizer step, so how rows are cut into
+microbatches changes memory and nothing else.
+"""
+
+import torch
+from torch import Tensor
+
+import fuserl_kernels as fk
+from fuserl.algorithms import ALGORITHMS
+from fuserl.batch import RolloutBatch
+from fuserl.config import RLConfig
+from fuserl.model.heads import LanguageModel, ScalarModel
+from fuserl.metrics import WeightedMean
+from fuserl.optimizer import Optimizer
+from fuserl.sequences import completion_states, completion_values, join
+
+
+def update(
+    policy: LanguageModel,
+    critic: ScalarModel | None,
+    optimizer: Optimizer,
+    batch: RolloutBatch,
+    config: RLConfig,
+    *,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Train on one shaped batch. Returns metrics as 0-d tensors: means over all updates, and
+    under `first/` those of the first one, where the ratio must be 1.
+
+    seed: of the order of the rows, which is drawn anew for each epoch.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    num_epochs = config.num_epochs or ALGORITHMS[config.algorithm].num_epochs
+    totals = WeightedMean()
+    first: dict[str, Tensor] = {}
+    for _ in range(num_epochs):
+        order = torch.randperm(len(batch), generator=generator)
+        for rows in order.tensor_split(config.num_minibatches):
+            step = _step(policy, critic, optimizer, batch.select(rows), config)
+            first = first or {f"first/{name}": value for name, value in step.items()}
+            totals.add(step, weight=1.0)
+    return {**totals.mean(), **first}
+
+
+def _step(
+    policy: LanguageModel,
+    critic: ScalarModel | None,
+    optimizer: Optimizer,
+    batch: RolloutBatch,
+    config: RLConfig,
+) -> dict[str, Tensor]:
+    """One optimizer step over a minibatch."""
+    policy_tokens = batch.loss_mask.sum()
+    value_tokens = batch.value_mask.sum()
+    # Rows of like length share a microbatch, and so little padding is computed.
+    order = (batch.prompt_lengths + batch.completion_lengths).argsort()
+    totals = WeightedMean()
+    for rows in order.split(config.microbatch_size):
+        part = batch.select(rows)
+        token_ids = join(
+            part.prompts, part.prompt_lengths, part.completions, part.completion_lengths
+        )
+        states = completion_states(
+            policy(token_ids), part.prompt_lengths, part.completions.shape[1]
+        )
+        loss, metrics = fk.linear_policy_loss(
+            states,
+            policy.output_weight,
+            part.completions,
+            part.logprobs,
+            part.advantages,
+            part.loss_mask,
+            temperature=config.temperature,
+            denominator=policy_tokens,
+            clip=ALGORITHMS[config.algorithm].clip,
+            clip_range=config.clip_range,
+            entropy_coef=config.entropy_coef,
+        )
+        loss.backward()
+        totals.add(metrics, weight=part.loss_mask.sum())
+        if critic is not None:
+            values = completion_values(
+                critic, token_ids, part.prompt_lengths, part.completions.shape[1]
+            )
+            value_loss, metrics = fk.value_loss(
+                values,
+                part.values,
+                part.returns,
+                part.value_mask,
+                clip_range=config.value_clip_range,
+                denominator=value_tokens,
+            )
+            (config.vf_coef * value_loss).backward()
+            totals.add(metrics, weight=part.value_mask.sum())
+    return {**totals.mean(), **optimizer.step()}

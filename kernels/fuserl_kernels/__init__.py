@@ -1,0 +1,36 @@
+"""fuserl_kernels: the operations of reinforcement learning from human feedback, for PyTorch.
+
+Tensors in, tensors out; needs nothing but torch. Every op is registered with torch.library, works
+under torch.compile, and picks its implementation when it runs (see use_backend).
+"""
+
+from fuserl_kernels.advantages import discounted_returns, gae, rewards_to_advantages
+from fuserl_kernels.backend import use_backend
+from fuserl_kernels.linear_policy_loss import linear_policy_loss
+from fuserl_kernels.linear_token_logprobs import linear_token_logprobs
+from fuserl_kernels.pairwise_loss import pairwise_loss
+from fuserl_kernels.policy_loss import policy_loss
+from fuserl_kernels.ppo_loss import ppo_loss
+from fuserl_kernels.reward_shaping import kl_penalty, shape_rewards
+from fuserl_kernels.sampling import sample_tokens
+from fuserl_kernels.token_logprobs import token_logprobs
+from fuserl_kernels.value_loss import value_loss
+from fuserl_kernels.whitening import masked_whiten
+
+__all__ = [
+    "discounted_returns",
+    "gae",
+    "kl_penalty",
+    "linear_policy_loss",
+    "linear_token_logprobs",
+    "masked_whiten",
+    "pairwise_loss",
+    "policy_loss",
+    "ppo_loss",
+    "rewards_to_advantages",
+    "sample_tokens",
+    "shape_rewards",
+    "token_logprobs",
+    "use_backend",
+    "value_loss",
+]

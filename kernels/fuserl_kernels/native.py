@@ -1,0 +1,34 @@
+"""Loads the optional compiled module `fuserl_kernels._native` and says why when it is absent."""
+
+import functools
+import importlib
+from typing import Any
+
+
+@functools.cache
+def _load() -> tuple[Any, str | None]:
+    try:
+        return importlib.import_module("fuserl_kernels._native"), None
+    except ImportError as error:
+        return None, (
+            f"the compiled CPU kernels are not usable ({error}); install again with "
+            "FUSERL_BUILD=require to see the compiler's message"
+        )
+
+
+def why_absent() -> str | None:
+    """None when the compiled module is loaded, else the reason and the remedy."""
+    return _load()[1]
+
+
+def module() -> Any:
+    """The compiled module; raises RuntimeError with the reason when it is absent."""
+    loaded, reason = _load()
+    if reason is not None:
+        raise RuntimeError(reason)
+    return loaded
+
+
+def describe() -> str:
+    """Compiler and instruction set in use, for a doctor command."""
+    return ", ".join(f"{key} {value}" for key, value in module().build_info().items())

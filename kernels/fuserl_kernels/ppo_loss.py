@@ -1,0 +1,158 @@
+"""Policy loss + vf_coef * value loss as one op, with all its gradients made in the forward pass."""
+
+from typing import Any
+
+import torch
+
+from fuserl_kernels import checks
+from fuserl_kernels.policy_loss import (
+    OPTIONS_SCHEMA,
+    check_entropy,
+    check_layout,
+    check_reference,
+    constant_like,
+    denominator_tensor,
+    fake_gradient,
+    fake_loss,
+    policy_metrics,
+    policy_options,
+    save_gradients,
+    scaled_gradients,
+    token_advantages,
+)
+from fuserl_kernels.reference.policy import METRICS as POLICY_METRICS
+from fuserl_kernels.reference.policy import PolicyOptions, ppo_loss_fwd
+from fuserl_kernels.reference.value import METRICS as VALUE_METRICS
+from fuserl_kernels.registration import register
+from fuserl_kernels.value_loss import checked_clip_range
+
+FORWARD = {"reference": ppo_loss_fwd}
+
+_NEW_VALUES, _CU_SEQLENS, _ENTROPY = 3, 12, 14  # positions in the schema
+_NUM_INPUTS = 15 + len(PolicyOptions._fields) + 1
+
+
+def _fake(*inputs: Any) -> tuple[torch.Tensor, ...]:
+    new_logprobs, needs_grad = inputs[0], inputs[-1]
+    return (
+        *fake_loss(new_logprobs, len(POLICY_METRICS) + len(VALUE_METRICS)),
+        fake_gradient(new_logprobs, needs_grad, new_logprobs),
+        fake_gradient(inputs[_ENTROPY], needs_grad, new_logprobs),
+        fake_gradient(inputs[_NEW_VALUES], needs_grad, inputs[_NEW_VALUES]),
+    )
+
+
+def _check_data(*inputs: Any) -> None:
+    checks.cu_seqlens_data(inputs[_CU_SEQLENS], inputs[0].numel())
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    save_gradients(ctx, output)
+    needs_grad = inputs[-1]
+    ctx.made = (needs_grad, needs_grad and inputs[_ENTROPY] is not None, needs_grad)
+
+
+def _backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple:
+    gradients: list[torch.Tensor | None] = [None] * _NUM_INPUTS
+    gradients[0], gradients[_ENTROPY], gradients[_NEW_VALUES] = scaled_gradients(ctx, grad_loss)
+    return tuple(gradients)
+
+
+_op = register(
+    "ppo_loss(Tensor new_logprobs, Tensor logprobs, Tensor advantages, Tensor new_values, "
+    "Tensor values, Tensor returns, Tensor loss_mask, Tensor value_mask, float vf_coef, "
+    "float value_clip_range, Tensor? value_denominator, Tensor? denominator, Tensor? cu_seqlens, "
+    f"Tensor? ref_logprobs, Tensor? entropy, {OPTIONS_SCHEMA}, bool needs_grad) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    FORWARD,
+    _fake,
+    check=_check_data,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+def ppo_loss(
+    new_logprobs: torch.Tensor,
+    logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    new_values: torch.Tensor,
+    values: torch.Tensor,
+    returns: torch.Tensor,
+    loss_mask: torch.Tensor,
+    *,
+    value_mask: torch.Tensor | None = None,
+    vf_coef: float = 0.1,
+    value_clip_range: float | None = 0.2,
+    value_denominator: float | torch.Tensor | None = None,
+    denominator: float | torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    ref_logprobs: torch.Tensor | None = None,
+    entropy: torch.Tensor | None = None,
+    ratio_level: str = "token",
+    clip: str = "ppo",
+    clip_range: float = 0.2,
+    clip_range_high: float | None = None,
+    dual_clip: float | None = None,
+    aggregation: str = "token_mean",
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy_coef: float = 0.0,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """policy_loss(...) + vf_coef * value_loss(...) of one microbatch.
+
+    Every tensor has the shape of new_logprobs ([B, T] or packed [N]); advantages may be [B].
+    value_mask: slots of the value loss (default loss_mask); value_denominator: their count over the
+        whole optimizer step; value_clip_range: None for no clipping.
+    The other options are those of policy_loss.
+
+    Returns the 0-d loss and the metrics of both losses; "num_tokens" counts loss_mask and
+    "value/num_tokens" value_mask. Gradients reach new_logprobs, entropy and new_values.
+    """
+    checks.floating("new_logprobs", new_logprobs)
+    checks.mask("loss_mask", loss_mask, "new_logprobs", new_logprobs)
+    value_mask = loss_mask if value_mask is None else value_mask
+    checks.mask("value_mask", value_mask, "new_logprobs", new_logprobs)
+    checks.like("logprobs", logprobs, "new_logprobs", new_logprobs)
+    checks.like("new_values", new_values, "new_logprobs", new_logprobs)
+    checks.like("values", values, "new_logprobs", new_logprobs)
+    checks.like("returns", returns, "new_logprobs", new_logprobs)
+    checks.finite("vf_coef", vf_coef)
+    options = policy_options(
+        ratio_level,
+        clip,
+        clip_range,
+        clip_range_high,
+        dual_clip,
+        aggregation,
+        kl_coef,
+        kl_estimator,
+        entropy_coef,
+    )
+    check_layout(loss_mask, cu_seqlens, options)
+    check_reference(options, ref_logprobs)
+    check_entropy(options, entropy, new_logprobs)
+    loss, metrics, *_ = _op(
+        new_logprobs,
+        checks.detached(logprobs),
+        token_advantages(advantages, loss_mask, cu_seqlens),
+        new_values,
+        checks.detached(values),
+        checks.detached(returns),
+        loss_mask,
+        value_mask,
+        float(vf_coef),
+        checked_clip_range("value_clip_range", value_clip_range),
+        denominator_tensor("value_denominator", value_denominator, new_logprobs),
+        denominator_tensor("denominator", denominator, new_logprobs),
+        cu_seqlens,
+        constant_like("ref_logprobs", ref_logprobs, "new_logprobs", new_logprobs),
+        entropy,
+        *options,
+        checks.wants_grad(new_logprobs, entropy, new_values),
+    )
+    named = policy_metrics(
+        metrics[: len(POLICY_METRICS)], ref_logprobs is not None, entropy is not None
+    )
+    values_part = metrics[len(POLICY_METRICS) :]
+    return loss, named | dict(zip(VALUE_METRICS, values_part.unbind(), strict=True))

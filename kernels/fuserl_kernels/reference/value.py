@@ -1,0 +1,53 @@
+"""Clipped value loss with its gradient.
+
+Per value slot: .5 * max((v - R)^2, (clip(v, old - c, old + c) - R)^2), summed and divided by the
+denominator (default: the slots of the mask).
+"""
+
+import torch
+
+from fuserl_kernels.reference.sequences import compute_dtype
+
+METRICS = ("value/loss", "value/clipfrac", "value/explained_variance", "value/num_tokens")
+
+
+def value_loss_fwd(
+    new_values: torch.Tensor,
+    values: torch.Tensor,
+    returns: torch.Tensor,
+    loss_mask: torch.Tensor,
+    clip_range: float,  # infinite for none
+    denominator: torch.Tensor | None,
+    needs_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns loss, metrics in the order of METRICS, and the gradient of new_values."""
+    dtype = compute_dtype(new_values)
+    new, old, target = (
+        torch.where(loss_mask, x.to(dtype), 0) for x in (new_values, values, returns)
+    )
+    step = new - old
+    error = new - target
+    clipped_error = old + step.clamp(-clip_range, clip_range) - target
+    clipped = clipped_error.square() > error.square()
+    worst = torch.where(clipped, clipped_error, error)
+
+    num_tokens = loss_mask.sum().to(dtype)
+    count = num_tokens.clamp(min=1)
+    divisor = num_tokens if denominator is None else denominator.to(dtype)
+    divisor = torch.where(divisor == 0, 1, divisor)
+    squares = 0.5 * worst.square()
+    loss = squares.sum() / divisor
+
+    def variance(x: torch.Tensor) -> torch.Tensor:
+        deviation = torch.where(loss_mask, x - x.sum() / count, 0)
+        return deviation.square().sum() / count
+
+    spread = variance(target)
+    explained = torch.where(spread > 0, 1 - variance(error) / spread, 0)
+    metrics = torch.stack(
+        [squares.sum() / count, clipped.to(dtype).sum() / count, explained, num_tokens]
+    )
+    if not needs_grad:
+        return loss, metrics, new_values.new_empty(0)
+    slope = torch.where(clipped & (step.abs() > clip_range), 0, worst)
+    return loss, metrics, (slope / divisor).to(new_values.dtype)

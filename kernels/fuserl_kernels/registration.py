@@ -1,0 +1,51 @@
+"""Registers an op with torch.library in one call: schema, implementation, fake and autograd.
+
+`Library.define` and `impl` cost about 7 us a call where `torch.library.custom_op` costs 18.
+The implementation is opaque to torch.compile, so choosing from the table and checking data
+inside it breaks no graph.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from fuserl_kernels import backend
+
+_NAMESPACE = "fuserl_kernels"
+_library = torch.library.Library(_NAMESPACE, "FRAGMENT")
+
+
+def register(
+    schema: str,
+    table: backend.Table,
+    fake: Callable,
+    *,
+    check: Callable | None = None,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+) -> Callable:
+    """Define `fuserl_kernels::<schema>` and return the callable op.
+
+    table: implementation name -> function with the op's positional arguments. The first argument
+        is the tensor whose device and dtype decide which entry runs.
+    fake: shapes and dtypes of the outputs, without data.
+    check: called with the same arguments before an implementation, for CPU tensors only
+        (on CUDA looking at data would wait for the device); raises ValueError.
+    setup_context, backward: as in torch.library.register_autograd.
+    """
+    name = schema.partition("(")[0]
+
+    def run(*arguments):  # type: ignore[no-untyped-def]
+        if check is not None and arguments[0].device.type == "cpu":
+            check(*arguments)
+        return backend.select(name, table, arguments[0])(*arguments)
+
+    _library.define(schema)
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    qualified = f"{_NAMESPACE}::{name}"
+    torch.library.register_fake(qualified, fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(
+            qualified, backward, setup_context=setup_context, lib=_library
+        )
+    return getattr(getattr(torch.ops, _NAMESPACE), name).default
