@@ -5,6 +5,7 @@ A checkpoint is written beside the last one and takes its place by renaming: a k
 leaves one whole checkpoint.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -61,11 +63,24 @@ class Checkpoint:
         )
 
     def remove(self) -> None:
-        for folder in (self._folder, self._new, self._old):
-            shutil.rmtree(folder, ignore_errors=True)
+        """Under a name that does not count, so that a kill leaves no half of a checkpoint."""
+        for folder in (self._old, self._folder):
+            shutil.rmtree(self._new, ignore_errors=True)
+            if folder.exists():
+                folder.rename(self._new)
+        shutil.rmtree(self._new, ignore_errors=True)
 
     def _whole(self) -> Path:
         return self._folder if self._folder.exists() else self._old
+
+
+def digest(module: nn.Module) -> str:
+    """SHA-256 of the names and bits of a module's weights."""
+    hashed = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        hashed.update(name.encode())
+        hashed.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return hashed.hexdigest()
 
 
 def _save(tensors: Mapping[str, Any], path: Path) -> None:

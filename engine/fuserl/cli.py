@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
         return EXIT_CODE
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"fuserl {name}: {error}", file=sys.stderr)
         return 1
 
@@ -149,7 +149,8 @@ def _load(function: str) -> Any:
 def _usage() -> str:
     width = max(map(len, COMMANDS)) + 2
     lines = [f"  {name:{width}}{command.help}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        ["usage: fuserl COMMAND [--option VALUE ...]", "", "commands:", *lines, ""]
-        + ["`fuserl COMMAND --help` lists the options; --config FILE.yaml sets them from a file."]
+    commands = "\n".join(lines)
+    return (
+        f"usage: fuserl COMMAND [--option VALUE ...]\n\ncommands:\n{commands}\n\n"
+        "`fuserl COMMAND --help` lists the options; --config FILE.yaml sets them from a file."
     )

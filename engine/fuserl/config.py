@@ -4,7 +4,7 @@ Nothing here imports torch: `fuserl --help` reads this file alone.
 """
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 ALGORITHM_NAMES = ("ppo", "reinforce", "reinforce_baseline")
 PRESET_NAMES = ("n+",)
@@ -12,7 +12,7 @@ PRESET_NAMES = ("n+",)
 
 def _require_positive(config: object, *names: str) -> None:
     for name in names:
-        if getattr(config, name) <= 0:
+        if not getattr(config, name) > 0:  # NaN too is refused
             raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
 
 
@@ -41,6 +41,11 @@ class DataConfig:
     """Default: the CUDA device of LOCAL_RANK if there is one, else the CPU."""
 
     def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+                raise ValueError(
+                    f"{name} must be one of {get_args(kind)}, got {getattr(self, name)!r}"
+                )
         _require_positive(self, "batch_size")
 
 
@@ -74,32 +79,47 @@ class TrainConfig(DataConfig):
         _require_positive(self, "microbatch_size", "learning_rate", "max_grad_norm")
         if not 0 <= self.warmup_share < 1:
             raise ValueError(f"warmup_share must be in [0, 1), got {self.warmup_share}")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other: go on, or start again?")
         if self.save_every < 0:
             raise ValueError(f"save_every must not be negative, got {self.save_every}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SFTConfig(TrainConfig):
+class SupervisedConfig(TrainConfig):
+    """What sft and reward share."""
+
+    validation_data: str | None = None
+    """JSONL file of held-out rows, measured before the first step and at the end of each epoch."""
+    validate_every: int = 0
+    """Steps between validations, beside those at the ends of epochs (0: those alone)."""
+    epochs: int = 1
+    """Passes over the data (sft: with the loss on the completion tokens)."""
+    max_length: int = 512
+    """Tokens of prompt and completion together."""
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        _require_positive(self, "max_length")
+        if self.validate_every < 0:
+            raise ValueError(f"validate_every must not be negative, got {self.validate_every}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SFTConfig(SupervisedConfig):
     """Supervised fine-tuning on {"prompt", "completion"}, {"text"} or {"messages"} rows.
 
     First `lm_epochs` with the loss on all tokens (language modelling: where a model from
     scratch begins), then `epochs` with the loss on the completions.
     """
 
-    validation_data: str | None = None
-    """JSONL file on which the loss is reported at the end of each epoch."""
-    epochs: int = 1
-    """Passes over the data with the loss on the completion tokens."""
     lm_epochs: int = 0
-    """Passes before those with the loss on all tokens."""
-    max_length: int = 512
-    """Tokens of prompt and completion together."""
+    """Passes before those of --epochs, with the loss on all tokens."""
     vocab_size: int | None = None
-    """Vocabulary of the tokenizer trained for a model from scratch. Default: its configuration's."""
+    """Of the tokenizer trained for a model from scratch. Default: the named configuration's."""
 
     def __post_init__(self) -> None:
-        TrainConfig.__post_init__(self)
-        _require_positive(self, "max_length")
+        SupervisedConfig.__post_init__(self)
         if self.epochs < 0 or self.lm_epochs < 0 or self.epochs + self.lm_epochs == 0:
             raise ValueError(
                 f"epochs ({self.epochs}) and lm_epochs ({self.lm_epochs}) must not be negative, "
@@ -108,24 +128,16 @@ class SFTConfig(TrainConfig):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RewardConfig(TrainConfig):
+class RewardConfig(SupervisedConfig):
     """A reward model from {"prompt", "chosen", "rejected"} pairs or {"prompt", "ranked"} rankings
     (best first), by -log sigmoid of the difference of scores."""
 
-    validation_data: str | None = None
-    """JSONL file of pairs or rankings on which the accuracy is reported."""
-    epochs: int = 1
-    """Passes over the data."""
-    max_length: int = 512
-    """Tokens of prompt and completion together."""
     center_coef: float = 0.0
     """Weight of (chosen + rejected)^2, which keeps scores around zero while training."""
-    validate_every: int = 0
-    """Steps between validations (0: at the end of each epoch)."""
 
     def __post_init__(self) -> None:
-        TrainConfig.__post_init__(self)
-        _require_positive(self, "max_length", "epochs")
+        SupervisedConfig.__post_init__(self)
+        _require_positive(self, "epochs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,9 +203,6 @@ class RLConfig(TrainConfig):
             *("steps", "num_samples", "num_minibatches", "max_new_tokens", "max_prompt_length"),
             *("temperature", "clip_range", "value_clip_range"),
         )
-        for name, known in (("algorithm", ALGORITHM_NAMES), ("preset", PRESET_NAMES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
@@ -205,15 +214,21 @@ class RLConfig(TrainConfig):
                 f"{self.batch_size * self.num_samples} sequences"
             )
         if self.algorithm != "ppo":
-            self._refuse_critic_options()
+            self._refuse(
+                f"with {self.algorithm}: it has no critic",
+                *("critic_model", "critic_learning_rate", "vf_coef", "value_clip_range"),
+                "gae_lambda",
+            )
+            self._refuse(f"with {self.algorithm}: it does not clip", "clip_range")
+        if self.reward_at == "token":
+            self._refuse('with reward_at "token": it is of whole sequences', "missing_eos_penalty")
 
-    def _refuse_critic_options(self) -> None:
+    def _refuse(self, reason: str, *names: str) -> None:
+        """Options that were set although they would do nothing."""
         defaults = {field.name: field.default for field in fields(self)}
-        for name in ("critic_model", "critic_learning_rate", "vf_coef", "value_clip_range"):
+        for name in names:
             if getattr(self, name) != defaults[name]:
-                raise ValueError(f"{name} makes no sense with {self.algorithm}: it has no critic")
-        if self.gae_lambda != defaults["gae_lambda"]:
-            raise ValueError(f"gae_lambda makes no sense with {self.algorithm}: it has no critic")
+                raise ValueError(f"{name} makes no sense {reason}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,6 +290,8 @@ class EvaluateConfig(DataConfig):
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
         _require_positive(self, "max_new_tokens", "max_length")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be positive, got {self.limit}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

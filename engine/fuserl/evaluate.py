@@ -27,7 +27,8 @@ from fuserl.statistics import bootstrap_ci95
 def run_evaluate(config: EvaluateConfig) -> None:
     """Print the result as JSON, or write it to config.out with the completions beside it."""
     if config.model not in SMALL_NAMES and is_reward_model(resolve_folder(config.model)):
-        result, lines = evaluate_reward_model(config), []
+        result = evaluate_reward_model(config)
+        lines: list[dict[str, Any]] = []
     else:
         result, lines = evaluate_policy(config)
     text = json.dumps(result, indent=2)
@@ -79,7 +80,10 @@ def evaluate_policy(config: EvaluateConfig) -> tuple[dict[str, Any], list[dict[s
     loss = float(evaluate_on(CompletionLoss(policy.model, examples), 16)["validation/loss"])
     out = policy.generate(
         [example.prompt_ids for example in examples],
-        max_new_tokens=config.max_new_tokens,
+        max_new_tokens=[
+            min(config.max_new_tokens, policy.model.config.max_positions - len(example.prompt_ids))
+            for example in examples
+        ],
         temperature=config.temperature,
         seed=config.seed,
         batch_size=config.batch_size,
@@ -109,9 +113,7 @@ def evaluate_policy(config: EvaluateConfig) -> tuple[dict[str, Any], list[dict[s
     ]
     if config.reward_model is not None:
         ours, theirs = _judge(config, policy, examples, out.token_ids)
-        wins = [
-            1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(ours, theirs, strict=True)
-        ]
+        wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(ours, theirs, strict=True)]
         result["reward_model"] = config.reward_model
         result["score"] = sum(ours) / len(ours)
         result["score_ci95"] = bootstrap_ci95(ours, seed=config.seed)
@@ -158,7 +160,8 @@ def _judge(
     completions: Sequence[Sequence[int]],
 ) -> tuple[list[float], list[float]]:
     """The reward model's scores of the policy's completions and of the rows' own."""
-    assert config.reward_model is not None and policy.tokenizer is not None
+    assert config.reward_model is not None
+    assert policy.tokenizer is not None
     folder = resolve_folder(config.reward_model)
     model, head_is_new = load_scalar_model(folder, device=default_device(config.device))
     if head_is_new:
@@ -183,9 +186,7 @@ def _scores(model: ScalarModel, rankings: Sequence[Ranking], batch_size: int) ->
 
 
 @torch.no_grad()
-def _each_accuracy(
-    model: ScalarModel, rankings: Sequence[Ranking], batch_size: int
-) -> list[float]:
+def _each_accuracy(model: ScalarModel, rankings: Sequence[Ranking], batch_size: int) -> list[float]:
     """The share of each ranking's pairs that are in order."""
     scores = iter(_scores(model, rankings, batch_size))
     shares = []

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -11,7 +12,7 @@ from fuserl.config import GenerateConfig
 from fuserl.data.examples import load_prompts
 from fuserl.model.folder import resolve_folder
 from fuserl.policy import load_policy
-from fuserl.stages.opening import loading, open_notes, open_tokenizer, tell
+from fuserl.stages.opening import loading, open_notes, open_tokenizer, room_for_prompts, tell
 
 
 def run_generate(config: GenerateConfig) -> None:
@@ -21,7 +22,7 @@ def run_generate(config: GenerateConfig) -> None:
     policy.tokenizer = open_tokenizer(folder, config)
     policy.notes = open_notes(folder, config)
     source = config.data if config.data is not None else [{"prompt": config.prompt}]
-    room = policy.model.config.max_positions - config.max_new_tokens
+    room = room_for_prompts(policy.model.config, config.max_new_tokens)
     prompts, counts = load_prompts(
         source,
         policy.tokenizer,
@@ -29,6 +30,7 @@ def run_generate(config: GenerateConfig) -> None:
         **loading(config, policy.notes),
     )
     if config.out is not None:
+        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
         tell("prompts", counts)
     num_tokens, began = 0, time.perf_counter()
     bar = tqdm(total=len(prompts), desc="generate", unit="prompt", disable=config.out is None)
@@ -47,7 +49,9 @@ def run_generate(config: GenerateConfig) -> None:
                 batch_size=config.batch_size,
                 first_request_id=first * config.num_samples,
             )
-            for i, (token_ids, logprobs) in enumerate(zip(out.token_ids, out.logprobs, strict=True)):
+            for i, (token_ids, logprobs) in enumerate(
+                zip(out.token_ids, out.logprobs, strict=True)
+            ):
                 line = {
                     "prompt": part[i // config.num_samples].text,
                     "completion": policy.tokenizer.decode(token_ids),

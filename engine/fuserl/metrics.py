@@ -18,8 +18,10 @@ class MetricsLog:
 
     def __init__(self, path: Path, stage: str, first_step: int) -> None:
         self.path, self.stage = path, stage
-        kept = [line for line in read_metrics(path) if line["step"] <= first_step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept if first_step))
+        kept = [line for line in read_metrics(path) if first_step and line["step"] <= first_step]
+        new = path.with_name(f".{path.name}.new")
+        new.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        new.replace(path)
 
     def write(self, step: int, metrics: Metrics) -> dict[str, float]:
         """Append one line and return its numbers. This is where 0-d tensors become floats."""
@@ -30,10 +32,12 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics file, oldest first; none if it does not exist."""
+    """The lines of a metrics file, oldest first; none if it does not exist. A last line that a
+    kill left unfinished is passed over."""
     if path.exists():
-        for line in path.read_text().splitlines():
-            yield json.loads(line)
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):
+                yield json.loads(line)
 
 
 class WeightedMean:
@@ -50,6 +54,5 @@ class WeightedMean:
 
     def mean(self) -> dict[str, Tensor]:
         return {
-            name: total / self._weights[name].clamp(min=1e-30)
-            for name, total in self._sums.items()
+            name: total / self._weights[name].clamp(min=1e-30) for name, total in self._sums.items()
         }

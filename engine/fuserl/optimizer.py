@@ -12,7 +12,7 @@ MAX_SKIPPED = 5
 """Optimizer steps in a row that may be skipped for a NaN or infinite gradient."""
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(FloatingPointError):
     """Gradients were NaN or infinite too many times in a row."""
 
 

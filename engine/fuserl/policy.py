@@ -1,4 +1,4 @@
-"""A policy: language model and tokenizer of one Hugging Face folder, ready to speak and to train."""
+"""A policy: language model and tokenizer of one folder, ready to speak and to train."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from fuserl.device import default_device
 from fuserl.model.folder import (
     FolderNotes,
     check_vocabulary,
+    load_config,
     load_language_model,
     read_notes,
     resolve_folder,
@@ -20,7 +21,7 @@ from fuserl.model.folder import (
     write_notes,
 )
 from fuserl.model.heads import LanguageModel
-from fuserl.rollout.decode import decode
+from fuserl.rollout.decode import check_request, check_token_ids, decode
 from fuserl.rollout.sampling import SamplingParams
 from fuserl.sequences import completion_logprobs, join, mask_of_lengths
 from fuserl.tokenizer import Tokenizer, load_tokenizer
@@ -51,6 +52,21 @@ class Policy:
         """The tokenizer's, else the model configuration's."""
         return self.tokenizer.eos_token_id if self.tokenizer else self.model.config.eos_token_id
 
+    def encode(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
+        """Token ids of texts put into the prompt template; token ids pass as they are."""
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts must be a list of texts, got one text: [{prompts!r}]")
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if not texts:
+            return [list(prompt) for prompt in prompts]  # type: ignore[arg-type]
+        if len(texts) != len(prompts):
+            raise ValueError("prompts must be all texts or all token ids")
+        if self.tokenizer is None:
+            raise ValueError(f"{self.source} has no tokenizer: give prompts as lists of token ids")
+        template = PromptTemplate.parse(self.notes.prompt_template)
+        encoded = template.encode(texts, self.tokenizer)
+        return [[*prompt.head, *prompt.tail] for prompt in encoded]
+
     def generate(
         self,
         prompts: Sequence[str] | Sequence[Sequence[int]],
@@ -76,12 +92,17 @@ class Policy:
         sampling = SamplingParams(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
         )
-        prompt_ids = self._prompt_ids(prompts)
-        limits = (
-            [max_new_tokens] * len(prompt_ids)
-            if isinstance(max_new_tokens, int)
-            else list(max_new_tokens)
-        )
+        if n < 1 or batch_size < 1:
+            raise ValueError(f"n and batch_size must be at least 1, got {n} and {batch_size}")
+        if eos_token_id is not None and not 0 <= eos_token_id < self.model.config.vocab_size:
+            raise ValueError(
+                f"eos_token_id {eos_token_id} is outside the vocabulary of "
+                f"{self.model.config.vocab_size}"
+            )
+        prompt_ids = self.encode(prompts)
+        if not prompt_ids:
+            return Generation([], [], [] if self.tokenizer else None)
+        limits = check_request(self.model.config, prompt_ids, max_new_tokens)
         eos = None if ignore_eos else self.eos_token_id if eos_token_id is None else eos_token_id
         token_ids: list[list[int]] = []
         logprobs: list[list[float]] = []
@@ -120,6 +141,10 @@ class Policy:
             raise ValueError(
                 f"prompt_ids has {len(prompt_ids)} rows and completion_ids {len(completion_ids)}"
             )
+        if not prompt_ids:
+            return []
+        for name, rows in (("prompt_ids", prompt_ids), ("completion_ids", completion_ids)):
+            check_token_ids(self.model.config, name, rows)
         device = self.model.device
         prompts, prompt_lengths = (tensor.to(device) for tensor in pad_rows(prompt_ids))
         completions, lengths = (tensor.to(device) for tensor in pad_rows(completion_ids))
@@ -144,18 +169,6 @@ class Policy:
             self.tokenizer.save(Path(folder))
         write_notes(self.notes, Path(folder))
 
-    def _prompt_ids(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        if not texts:
-            return [list(prompt) for prompt in prompts]  # type: ignore[arg-type]
-        if len(texts) != len(prompts):
-            raise ValueError("prompts must be all texts or all token ids")
-        if self.tokenizer is None:
-            raise ValueError(f"{self.source} has no tokenizer: give prompts as lists of token ids")
-        template = PromptTemplate.parse(self.notes.prompt_template)
-        encoded = template.encode(texts, self.tokenizer)
-        return [[*prompt.head, *prompt.tail] for prompt in encoded]
-
 
 def load_policy(
     folder: str | Path, *, dtype: torch.dtype | None = None, device: str | None = None
@@ -170,7 +183,7 @@ def load_policy(
     place = default_device(device)
     if dtype is None and place.type == "cpu":
         dtype = torch.float32
-    model = load_language_model(path, device=place, dtype=dtype)
     if tokenizer:
-        check_vocabulary(model.config, tokenizer.vocab_size, path)
+        check_vocabulary(load_config(path), tokenizer.vocab_size, path)
+    model = load_language_model(path, device=place, dtype=dtype)
     return Policy(model, tokenizer, read_notes(path), str(folder))

@@ -19,6 +19,8 @@ RewardFunction = Callable[..., Sequence[float | None] | Sequence[Sequence[float]
 prompts and completions are lists of str; columns are the rows' other keys, a list each, and
 completion_ids the sampled token ids."""
 
+_OWN_ARGUMENTS = ("prompts", "completions", "completion_ids")
+
 
 class RewardError(ValueError):
     """A reward function raised, or returned something of the wrong length or kind."""
@@ -73,7 +75,13 @@ class FunctionReward:
         completion_ids = [
             row[:length] for row, length in zip(batch.completions.tolist(), lengths, strict=True)
         ]
-        returned = self._call(prompts, completion_ids)
+        texts = [self._tokenizer.decode(ids) if self._tokenizer else "" for ids in completion_ids]
+        returned = self._call(prompts, texts, completion_ids)
+        if not hasattr(returned, "__len__"):
+            raise RewardError(
+                f"the reward function returned {returned!r}, not a list with a score for each of "
+                f"{len(prompts)} completions"
+            )
         if len(returned) != len(prompts):
             raise RewardError(
                 f"the reward function returned {len(returned)} scores for "
@@ -81,22 +89,32 @@ class FunctionReward:
             )
         device = batch.completions.device
         if not self._at_tokens:
-            scores = [_number(score, i) for i, score in enumerate(returned)]
+            scores = [
+                _number(score, prompt, text)
+                for score, prompt, text in zip(returned, prompts, texts, strict=True)
+            ]
             return torch.tensor(scores, dtype=torch.float32, device=device)
         rows = torch.zeros(batch.completions.shape, dtype=torch.float32)
         for i, (row, length) in enumerate(zip(returned, lengths, strict=True)):
-            if not isinstance(row, Sequence) or len(row) != length:
+            if not hasattr(row, "__len__") or len(row) != length:
                 raise RewardError(
-                    f'reward_at="token" needs one number for each of the {length} tokens of '
-                    f"completion {i}, got {row!r}"
+                    f'reward_at="token" needs one number for each of the {length} tokens of a '
+                    f"completion, got {row!r}\n{_shown(prompts[i], texts[i])}"
                 )
-            rows[i, :length] = torch.tensor([_number(score, i) for score in row])
+            numbers = [_number(score, prompts[i], texts[i]) for score in row]
+            rows[i, :length] = torch.tensor(numbers)
         return rows.to(device)
 
-    def _call(self, prompts: Sequence[Prompt], completion_ids: list[list[int]]) -> Sequence[Any]:
-        names = set().union(*(prompt.columns for prompt in prompts))
+    def _call(
+        self, prompts: Sequence[Prompt], texts: list[str], completion_ids: list[list[int]]
+    ) -> Sequence[Any]:
+        names = sorted(set().union(*(prompt.columns for prompt in prompts)))
+        if taken := [name for name in names if name in _OWN_ARGUMENTS]:
+            raise RewardError(
+                f"the data has a column {taken[0]!r}, which is what reward functions call the "
+                f"rollout's own {taken[0]}: rename the column ({prompts[0].where})"
+            )
         columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
-        texts = [self._tokenizer.decode(ids) if self._tokenizer else "" for ids in completion_ids]
         try:
             return self._function(
                 prompts=[prompt.text for prompt in prompts],
@@ -107,17 +125,27 @@ class FunctionReward:
         except Exception as error:
             raise RewardError(
                 f"the reward function raised {type(error).__name__}: {error}\n"
-                f"first prompt of the batch ({prompts[0].where}): {prompts[0].text!r}\n"
-                f"its completion: {texts[0]!r}"
+                f"the batch begins with\n{_shown(prompts[0], texts[0])}"
             ) from error
 
 
-def _number(score: Any, row: int) -> float:
+def _number(score: Any, prompt: Prompt, completion: str) -> float:
     if score is None:
         return math.nan
-    if isinstance(score, bool) or not hasattr(score, "__float__"):
-        raise RewardError(f"the reward of completion {row} is {score!r}, not a number")
-    return float(score)
+    try:
+        if isinstance(score, bool | str):
+            raise TypeError
+        return float(score)
+    except (TypeError, ValueError, RuntimeError):
+        raise RewardError(
+            f"the reward function returned {score!r}, not a number, for\n"
+            f"{_shown(prompt, completion)}"
+        ) from None
+
+
+def _shown(prompt: Prompt, completion: str) -> str:
+    """A row in an error message."""
+    return f"prompt ({prompt.where}): {prompt.text!r}\ncompletion: {completion!r}"
 
 
 def observe(

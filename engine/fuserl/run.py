@@ -36,7 +36,10 @@ class Run:
         total_steps: int,
         modules: Mapping[str, nn.Module],
         optimizer: Optimizer,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
+        """facts: what else must be as it was when a run is resumed, as JSON holds it."""
+        self._facts = dict(facts or {})
         self.out = Path(config.out)
         self.total_steps = total_steps
         self.step = 0  # whole steps done
@@ -113,6 +116,7 @@ class Run:
                 "step": self.step,
                 "seconds": self._elapsed(),
                 "config": dataclasses.asdict(self._config),
+                "facts": self._facts,
             },
         )
         self._saved_at = self.step
@@ -142,6 +146,12 @@ class Run:
                 f"the options differ from those of the run to resume in {self.out}: "
                 + "; ".join(changed)
             )
+        for name, fact in self._facts.items():
+            if fact != progress["facts"].get(name):
+                raise ValueError(
+                    f"the {name} differs from that of the run to resume in {self.out}: put back "
+                    "what the run began with, or start again with --overwrite"
+                )
         self._checkpoint.load(self._modules, self._optimizer)
         self.step = self._saved_at = progress["step"]
         self.seconds = progress["seconds"]

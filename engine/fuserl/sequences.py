@@ -18,6 +18,8 @@ def join(
 
     S is the longest joined row; what follows a row's last token is 0.
     """
+    if completions.shape[1] == 0:
+        return torch.where(mask_of_lengths(prompt_lengths, prompts.shape[1]), prompts, 0)
     lengths = prompt_lengths + completion_lengths
     width = int(lengths.max())
     slots = torch.arange(width, device=prompts.device).expand(len(prompts), width)

@@ -11,8 +11,8 @@ import fuserl_kernels as fk
 from fuserl.algorithms import ALGORITHMS
 from fuserl.batch import RolloutBatch
 from fuserl.config import RLConfig
-from fuserl.model.heads import LanguageModel, ScalarModel
 from fuserl.metrics import WeightedMean
+from fuserl.model.heads import LanguageModel, ScalarModel
 from fuserl.optimizer import Optimizer
 from fuserl.sequences import completion_states, completion_values, join
 

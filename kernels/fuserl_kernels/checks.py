@@ -60,17 +60,17 @@ def choice(name: str, value: str, valid: Sequence[str]) -> None:
 
 
 def at_least(name: str, value: float, least: float) -> None:
-    if not (value >= least and math.isfinite(value)):
+    if not least <= value < math.inf:
         raise ValueError(f"{name} must be a finite number of at least {least}, not {value!r}")
 
 
 def above(name: str, value: float, bound: float) -> None:
-    if not (value > bound and math.isfinite(value)):
+    if not bound < value < math.inf:
         raise ValueError(f"{name} must be a finite number above {bound}, not {value!r}")
 
 
 def finite(name: str, value: float) -> None:
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be a finite number, not {value!r}")
 
 
@@ -84,7 +84,7 @@ def number_or_scalar(name: str, value: float | torch.Tensor) -> None:
     if isinstance(value, torch.Tensor):
         if value.dim() != 0:
             raise ValueError(f"{name} must be a number or a 0-d tensor, not {_kind(value)}")
-    elif not isinstance(value, int | float) or not math.isfinite(value):
+    elif not isinstance(value, int | float) or not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be a finite number or a 0-d tensor, not {value!r}")
 
 

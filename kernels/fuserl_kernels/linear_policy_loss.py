@@ -24,12 +24,13 @@ from fuserl_kernels.policy_loss import (
     scaled_gradients,
     token_advantages,
 )
+from fuserl_kernels.reference.logprobs import ROWS
 from fuserl_kernels.reference.policy import METRICS, PolicyOptions, linear_policy_loss_fwd
 from fuserl_kernels.registration import register
-from fuserl_kernels.token_logprobs import NATIVE_ROWS, REFERENCE_ROWS
+from fuserl_kernels.token_logprobs import NATIVE_ROWS
 
 FORWARD = {
-    "reference": functools.partial(linear_policy_loss_fwd, REFERENCE_ROWS),
+    "reference": functools.partial(linear_policy_loss_fwd, ROWS),
     "native": functools.partial(linear_policy_loss_fwd, NATIVE_ROWS),
 }
 

@@ -8,22 +8,26 @@ backward: the inputs, two statistics a row and the entropy; backward computes th
 """
 
 import functools
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
 from fuserl_kernels import checks
-from fuserl_kernels.reference.logprobs import linear_token_logprobs_bwd, linear_token_logprobs_fwd
+from fuserl_kernels.reference.logprobs import (
+    ROWS,
+    linear_token_logprobs_bwd,
+    linear_token_logprobs_fwd,
+)
 from fuserl_kernels.reference.sequences import compute_dtype
 from fuserl_kernels.registration import register
-from fuserl_kernels.token_logprobs import NATIVE_ROWS, REFERENCE_ROWS
+from fuserl_kernels.token_logprobs import NATIVE_ROWS
 
 FORWARD = {
-    "reference": functools.partial(linear_token_logprobs_fwd, REFERENCE_ROWS),
+    "reference": functools.partial(linear_token_logprobs_fwd, ROWS),
     "native": functools.partial(linear_token_logprobs_fwd, NATIVE_ROWS),
 }
 BACKWARD = {
-    "reference": functools.partial(linear_token_logprobs_bwd, REFERENCE_ROWS),
+    "reference": functools.partial(linear_token_logprobs_bwd, ROWS),
     "native": functools.partial(linear_token_logprobs_bwd, NATIVE_ROWS),
 }
 
@@ -170,6 +174,34 @@ def check_projection(
     checks.device("token_ids", token_ids, "hidden", hidden)
     if softcap is not None:
         checks.above("softcap", softcap, 0.0)
+
+
+@overload
+def linear_token_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    loss_mask: torch.Tensor | None = None,
+    return_entropy: Literal[False] = False,
+) -> torch.Tensor: ...
+
+
+@overload
+def linear_token_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    loss_mask: torch.Tensor | None = None,
+    return_entropy: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def linear_token_logprobs(

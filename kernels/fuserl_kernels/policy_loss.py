@@ -163,11 +163,11 @@ def check_layout(
     elif loss_mask.dim() == 1:
         if options.ratio_level != "token":
             raise ValueError(
-                f"cu_seqlens is needed for ratio_level {options.ratio_level!r} of packed [N] tensors"
+                f"cu_seqlens is needed for ratio_level {options.ratio_level!r} of packed tensors"
             )
         if options.aggregation != "token_mean":
             raise ValueError(
-                f"cu_seqlens is needed for aggregation {options.aggregation!r} of packed [N] tensors"
+                f"cu_seqlens is needed for aggregation {options.aggregation!r} of packed tensors"
             )
     elif loss_mask.dim() != 2:
         raise ValueError(f"loss_mask must be [B, T] or packed [N], not {list(loss_mask.shape)}")
@@ -187,7 +187,7 @@ def token_advantages(
     if loss_mask.dim() == 2 and advantages.shape == loss_mask.shape[:1]:
         return advantages.unsqueeze(-1).expand(loss_mask.shape)
     raise ValueError(
-        f"advantages must have shape {list(loss_mask.shape)} like loss_mask, or one number for each "
+        f"advantages must have shape {list(loss_mask.shape)} like loss_mask, or one for each "
         f"sequence, not {list(advantages.shape)}"
     )
 

@@ -13,6 +13,12 @@ from fuserl_kernels import backend
 
 _NAMESPACE = "fuserl_kernels"
 _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
+_tables: dict[str, backend.Table] = {}
+
+
+def tables() -> dict[str, backend.Table]:
+    """Every registered op with its implementations by name."""
+    return dict(_tables)
 
 
 def register(
@@ -40,6 +46,7 @@ def register(
             check(*arguments)
         return backend.select(name, table, arguments[0])(*arguments)
 
+    _tables[name] = table
     _library.define(schema)
     _library.impl(name, run, "CompositeExplicitAutograd")
     qualified = f"{_NAMESPACE}::{name}"

@@ -1,4 +1,7 @@
-"""Per-token KL estimates, and rewards made of them and the score. Formulas: reference/rewards.py."""
+"""Per-token KL estimates, and rewards made of them and the score.
+
+Formulas: reference/rewards.py.
+"""
 
 import math
 from typing import Any

@@ -6,13 +6,12 @@ entropy if asked. Forward reads the logits once (N V elements); backward reads t
 many. Formulas: reference/logprobs.py.
 """
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
 from fuserl_kernels import checks, native
-from fuserl_kernels.reference.logprobs import ROWS as REFERENCE_ROWS
-from fuserl_kernels.reference.logprobs import RowKernels
+from fuserl_kernels.reference.logprobs import ROWS, RowKernels
 from fuserl_kernels.reference.sequences import compute_dtype
 from fuserl_kernels.registration import register
 
@@ -127,8 +126,8 @@ NATIVE_ROWS = RowKernels(forward_native, backward_native)
 
 # --- the op
 
-FORWARD = {"reference": REFERENCE_ROWS.forward, "native": forward_native}
-BACKWARD = {"reference": REFERENCE_ROWS.backward, "native": backward_native}
+FORWARD = {"reference": ROWS.forward, "native": forward_native}
+BACKWARD = {"reference": ROWS.backward, "native": backward_native}
 
 
 def _fake_fwd(
@@ -248,6 +247,30 @@ class _InplaceGradient(torch.autograd.Function):
 
 
 # --- public
+
+
+@overload
+def token_logprobs(
+    logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor = 1.0,
+    loss_mask: torch.Tensor | None = None,
+    return_entropy: Literal[False] = False,
+    inplace_grad: bool = False,
+) -> torch.Tensor: ...
+
+
+@overload
+def token_logprobs(
+    logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor = 1.0,
+    loss_mask: torch.Tensor | None = None,
+    return_entropy: Literal[True],
+    inplace_grad: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def token_logprobs(

@@ -53,7 +53,7 @@ class Prompt:
     """A prompt to sample completions for."""
 
     ids: tuple[int, ...]  # [P], P >= 1
-    text: str  # inside the prompt template, or rendered by the chat template; whole, never cut
+    text: str  # the row's own, whole; of a conversation, what the chat template rendered
     columns: dict[str, Any]  # the row's other keys, for reward functions
     where: str
 
@@ -144,8 +144,7 @@ def load_prompts(
         if prompt is None:
             loader.tally["empty"] += 1
         elif (ids := loader.fit(prompt, 0)) is not None:
-            shown = text.prompt if text.chat else loader.template.render(text.prompt)
-            examples.append(Prompt(ids, shown, text.columns, text.where))
+            examples.append(Prompt(ids, text.prompt, text.columns, text.where))
     return examples, loader.counts(len(examples))
 
 

@@ -132,6 +132,7 @@ def small_config(name: str, vocab_size: int | None = None) -> DecoderConfig:
         intermediate_size=-(-hidden * 8 // 3 // 32) * 32,
         num_kv_heads=num_heads,
         head_dim=hidden // num_heads,
+        init_std=hidden**-0.5,  # at these widths the usual 0.02 makes learning slow to start
         **sizes,
     )
     return config if vocab_size is None else dataclasses.replace(config, vocab_size=vocab_size)

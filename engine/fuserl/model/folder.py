@@ -154,6 +154,11 @@ def load_config(folder: str | Path) -> DecoderConfig:
         raise ValueError(f"{path}: {error}") from None
 
 
+def is_reward_model(folder: str | Path) -> bool:
+    """Whether the folder's weights hold a scalar head."""
+    return "score.weight" in _read_weight_headers(Path(folder))
+
+
 def check_vocabulary(config: DecoderConfig, tokenizer_vocab_size: int, folder: str | Path) -> None:
     """Refuse a tokenizer with ids beyond the embedding. A smaller one is fine: vocabularies are
     padded to round sizes."""

@@ -14,6 +14,7 @@ from torch import Tensor
 import fuserl_kernels as fk
 from fuserl.data.batching import pad_rows
 from fuserl.model.cache import KVCache
+from fuserl.model.config import DecoderConfig
 from fuserl.model.heads import LanguageModel
 from fuserl.rollout.sampling import SamplingParams
 
@@ -54,8 +55,7 @@ def decode(
     Raises ValueError for an empty prompt, for a token id outside the vocabulary, for a request
     longer than the model's positions, and for logits that hold no distribution (NaN).
     """
-    limits = _limits(max_new_tokens, len(prompts))
-    _check_prompts(model, prompts, limits)
+    limits = check_request(model.config, prompts, max_new_tokens)
     device = model.device
     rows = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)
     padded, lengths = (tensor.to(device) for tensor in pad_rows(prompts))
@@ -126,37 +126,39 @@ def decode(
     )
 
 
-def _limits(max_new_tokens: int | Sequence[int], num_prompts: int) -> list[int]:
+def check_request(
+    config: DecoderConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int]
+) -> list[int]:
+    """The limit of each prompt; ValueError, as `decode` says, for what cannot be decoded."""
     if isinstance(max_new_tokens, int):
-        limits = [max_new_tokens] * num_prompts
+        limits = [max_new_tokens] * len(prompts)
     else:
         limits = list(max_new_tokens)
-    if len(limits) != num_prompts:
-        raise ValueError(f"max_new_tokens has {len(limits)} entries for {num_prompts} prompts")
+    if len(limits) != len(prompts):
+        raise ValueError(f"max_new_tokens has {len(limits)} entries for {len(prompts)} prompts")
     if not limits:
         raise ValueError("prompts must not be empty")
     if min(limits) < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {min(limits)}")
-    return limits
-
-
-def _check_prompts(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], limits: Sequence[int]
-) -> None:
-    config = model.config
+    check_token_ids(config, "prompts", prompts)
     for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         if not prompt:
             raise ValueError(f"prompts[{i}] is empty: it needs at least one token")
-        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-            wrong = next(token for token in prompt if not 0 <= token < config.vocab_size)
-            raise ValueError(
-                f"prompts[{i}] holds token id {wrong}, outside the vocabulary of "
-                f"{config.vocab_size}"
-            )
         if len(prompt) + limit > config.max_positions:
             raise ValueError(
                 f"prompts[{i}] has {len(prompt)} tokens; with max_new_tokens {limit} it passes "
                 f"the model's {config.max_positions} positions"
+            )
+    return limits
+
+
+def check_token_ids(config: DecoderConfig, name: str, rows: Sequence[Sequence[int]]) -> None:
+    """ValueError for a token id outside the vocabulary."""
+    for i, row in enumerate(rows):
+        if row and (min(row) < 0 or max(row) >= config.vocab_size):
+            wrong = next(token for token in row if not 0 <= token < config.vocab_size)
+            raise ValueError(
+                f"{name}[{i}] holds token id {wrong}, outside the vocabulary of {config.vocab_size}"
             )
 
 

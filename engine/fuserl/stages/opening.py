@@ -1,4 +1,4 @@
-"""What every stage does first: the tokenizer and notes of the model it starts from, and its rows."""
+"""What every stage does first: tokenizer and notes of the model it starts from, and its rows."""
 
 import dataclasses
 from pathlib import Path
@@ -6,7 +6,10 @@ from typing import Any
 
 from fuserl.config import DataConfig
 from fuserl.data.counts import Counts
+from fuserl.device import default_device
+from fuserl.model.config import DecoderConfig
 from fuserl.model.folder import FolderNotes, read_notes
+from fuserl.policy import Policy
 from fuserl.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -30,6 +33,30 @@ def open_notes(folder: Path | None, config: DataConfig) -> FolderNotes:
     if config.prompt_template is None:
         return notes
     return dataclasses.replace(notes, prompt_template=config.prompt_template)
+
+
+def with_options(policy: Policy, config: DataConfig) -> Policy:
+    """A policy that is handed over, with the templates asked for."""
+    if policy.tokenizer is None:
+        raise ValueError(f"{policy.source} has no tokenizer, and the rows are text")
+    device = policy.model.device
+    if config.device is not None and default_device(config.device) != device:
+        raise ValueError(f"device {config.device!r} was asked for, but the policy is on {device}")
+    policy.tokenizer = with_chat_template(policy.tokenizer, config)
+    if config.prompt_template is not None:
+        policy.notes = FolderNotes(prompt_template=config.prompt_template)
+    return policy
+
+
+def room_for_prompts(model: DecoderConfig, max_new_tokens: int) -> int:
+    """Tokens a prompt may have beside a whole completion."""
+    room = model.max_positions - max_new_tokens
+    if room < 1:
+        raise ValueError(
+            f"max_new_tokens ({max_new_tokens}) leaves no room for a prompt in the model's "
+            f"{model.max_positions} positions"
+        )
+    return room
 
 
 def loading(config: DataConfig, notes: FolderNotes) -> dict[str, Any]:

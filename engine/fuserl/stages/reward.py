@@ -17,6 +17,7 @@ from fuserl.data.rows import Source, source_name
 from fuserl.device import default_device
 from fuserl.model.folder import (
     check_vocabulary,
+    load_config,
     load_scalar_model,
     resolve_folder,
     save_model,
@@ -65,10 +66,10 @@ class RewardTrainer:
         folder = resolve_folder(config.model)
         tokenizer = open_tokenizer(folder, config)
         notes = open_notes(folder, config)
+        check_vocabulary(load_config(folder), tokenizer.vocab_size, folder)
         model, _ = load_scalar_model(
             folder, device=default_device(config.device), head_seed=config.seed
         )
-        check_vocabulary(model.config, tokenizer.vocab_size, folder)
         options = loading(config, notes)
         rankings = self._load(self._data, tokenizer, model, options, "data")
         objective = PairwiseLoss(model, rankings, config.center_coef)
@@ -167,5 +168,5 @@ class PairwiseLoss:
                 first += len(ranking.completions)
             total += float(self.scores(rankings)[best].sum())
             count += len(best)
-        self._model.score.bias -= total / count
+        self._model.score.bias.sub_(total / count)
         return total / count

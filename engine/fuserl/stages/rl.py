@@ -11,12 +11,13 @@ from torch import Tensor
 
 from fuserl.algorithms import ALGORITHMS
 from fuserl.batch import RolloutBatch
+from fuserl.checkpoint import digest
 from fuserl.config import RLConfig
 from fuserl.data.batching import epoch_batches
 from fuserl.data.examples import Prompt, load_prompts
 from fuserl.data.rows import Source, source_name
-from fuserl.model.folder import load_scalar_model, resolve_folder, save_model, write_notes
 from fuserl.metrics import read_metrics
+from fuserl.model.folder import load_scalar_model, resolve_folder, save_model, write_notes
 from fuserl.model.heads import LanguageModel, ScalarModel
 from fuserl.optimizer import Optimizer
 from fuserl.policy import Policy, load_policy
@@ -27,7 +28,14 @@ from fuserl.run import Run, prepare_folder
 from fuserl.scoring import score
 from fuserl.sequences import mask_of_lengths
 from fuserl.shaping import shape
-from fuserl.stages.opening import loading, open_notes, open_tokenizer, tell
+from fuserl.stages.opening import (
+    loading,
+    open_notes,
+    open_tokenizer,
+    room_for_prompts,
+    tell,
+    with_options,
+)
 from fuserl.tokenizer import load_tokenizer
 from fuserl.update import update
 
@@ -68,6 +76,9 @@ class RLTrainer:
             return finished
         policy = self._policy()
         prompts = self._prompts(policy)
+        num_tokens = sum(len(prompt.ids) for prompt in prompts)
+        facts: dict[str, Any] = {"data": {"rows": len(prompts), "tokens": num_tokens}}
+        facts["starting policy"] = digest(policy.model)
         reference = copy.deepcopy(policy.model).requires_grad_(False)
         reward, critic = self._reward_and_critic(policy)
         monitors = {
@@ -85,7 +96,12 @@ class RLTrainer:
             learning_rates={"critic": config.critic_learning_rate or config.learning_rate},
         )
         with Run(
-            "rl", config, total_steps=config.steps, modules=modules, optimizer=optimizer
+            "rl",
+            config,
+            total_steps=config.steps,
+            modules=modules,
+            optimizer=optimizer,
+            facts=facts,
         ) as run:
             for step in run.steps():
                 clock = Clock()
@@ -105,11 +121,12 @@ class RLTrainer:
                 clock.lap("score")
                 batch = shape(batch, config)
                 clock.lap("shape")
+                watched = observe(monitors, batch, chosen)  # before weights move: it may raise
+                clock.lap("monitors")
                 learned = update(
                     policy.model, critic, optimizer, batch, config, seed=config.seed + step
                 )
                 clock.lap("update")
-                watched = observe(monitors, batch, chosen)
                 metrics = {**describe(batch), **learned, **watched, **clock.metrics(batch)}
                 run.log(step, metrics, show=("objective/scores", "objective/kl"))
             policy.save(run.out)
@@ -120,7 +137,7 @@ class RLTrainer:
     def _policy(self) -> Policy:
         config = self.config
         if self._given is not None:
-            return self._given
+            return with_options(self._given, config)
         folder = resolve_folder(config.model)
         policy = load_policy(folder, device=config.device, dtype=torch.float32)
         policy.tokenizer = open_tokenizer(folder, config)
@@ -131,7 +148,7 @@ class RLTrainer:
         config = self.config
         if policy.tokenizer is None:
             raise ValueError(f"{config.model} has no tokenizer files, and the rows are text")
-        room = policy.model.config.max_positions - config.max_new_tokens
+        room = room_for_prompts(policy.model.config, config.max_new_tokens)
         prompts, counts = load_prompts(
             self._data,
             policy.tokenizer,
@@ -159,7 +176,9 @@ class RLTrainer:
             return reward, None
         if config.critic_model is not None:
             folder = resolve_folder(config.critic_model)
-            return reward, load_scalar_model(folder, device=device, head_seed=config.seed)[0]
+            critic, _ = load_scalar_model(folder, device=device, head_seed=config.seed)
+            _check_same_ids(critic, folder, policy, "critic")
+            return reward, critic
         if scorer is not None:
             return reward, copy.deepcopy(scorer).requires_grad_(True)
         return reward, _critic_on_trunk(policy.model, config.seed)
@@ -206,15 +225,20 @@ def rollout(
 
 def describe(batch: RolloutBatch) -> dict[str, Tensor]:
     """What one shaped batch says, under the names users know; KL and entropy are summed over a
-    sequence and averaged over sequences, in nats."""
-    sums = batch.scores if batch.scores.ndim == 1 else batch.scores.sum(1)
+    sequence and averaged over sequences, in nats. Sequences left out enter no mean but that of
+    the lengths."""
+    included = batch.loss_mask.any(1)
+
+    def mean(of_sequence: Tensor) -> Tensor:
+        return torch.where(included, of_sequence, 0).sum() / included.sum().clamp(min=1)
+
     return {
-        "objective/scores": sums.mean(),
-        "objective/kl": batch.kl.sum(1).mean(),
-        "objective/entropy": -batch.logprobs.sum(1).mean(),
-        "objective/rlhf_reward": batch.rewards.sum(1).mean(),
+        "objective/scores": mean(batch.scores if batch.scores.ndim == 1 else batch.scores.sum(1)),
+        "objective/kl": mean(batch.kl.sum(1)),
+        "objective/entropy": mean(-batch.logprobs.sum(1)),
+        "objective/rlhf_reward": mean(batch.rewards.sum(1)),
         "objective/completion_length": batch.completion_lengths.float().mean(),
-        "objective/excluded": (~batch.loss_mask.any(1)).sum(),
+        "objective/excluded": (~included).sum(),
         "val/num_eos_tokens": batch.has_eos.sum(),
     }
 
@@ -247,13 +271,23 @@ def _trained_scorer(folder: Path, policy: Policy, device: torch.device) -> Scala
     model, head_is_new = load_scalar_model(folder, device=device)
     if head_is_new:
         raise ValueError(f"{folder} is no reward model: it has no score.weight")
+    _check_same_ids(model, folder, policy, "reward model")
+    return model
+
+
+def _check_same_ids(model: ScalarModel, folder: Path, policy: Policy, name: str) -> None:
+    """Refuse a model that would read other tokens out of the policy's ids."""
     tokenizer = load_tokenizer(folder)
     if tokenizer and policy.tokenizer and not tokenizer.same_ids(policy.tokenizer):
         raise ValueError(
-            f"the reward model {folder} has another tokenizer than the policy {policy.source}: "
-            "train it from the policy's folder, or score through a Python function"
+            f"the {name} {folder} has another tokenizer than the policy {policy.source}: "
+            "train it from the policy's folder"
         )
-    return model
+    if model.config.vocab_size < policy.model.config.vocab_size:
+        raise ValueError(
+            f"the {name} {folder} has vocab_size {model.config.vocab_size}, and the policy "
+            f"{policy.source} {policy.model.config.vocab_size}: it may sample ids beyond it"
+        )
 
 
 def _critic_on_trunk(model: LanguageModel, seed: int) -> ScalarModel:

@@ -21,7 +21,14 @@ from fuserl.optimizer import Optimizer
 from fuserl.policy import Policy, load_policy
 from fuserl.run import Run, prepare_folder
 from fuserl.sequences import completion_logprobs, join, mask_of_lengths
-from fuserl.stages.opening import loading, open_notes, open_tokenizer, tell, with_chat_template
+from fuserl.stages.opening import (
+    loading,
+    open_notes,
+    open_tokenizer,
+    tell,
+    with_chat_template,
+    with_options,
+)
 from fuserl.stages.supervised import evaluate_on, plan_epochs, train_on
 from fuserl.tokenizer import train_tokenizer
 
@@ -35,7 +42,7 @@ class SFTTrainer:
 
     def __init__(
         self,
-        model: str | Policy,
+        model: str | Path | Policy,
         *,
         data: Source,
         out: str | Path,
@@ -45,7 +52,7 @@ class SFTTrainer:
         self._data, self._validation_data = data, validation_data
         self._given = model if isinstance(model, Policy) else None
         self.config = SFTConfig(
-            model=model.source if isinstance(model, Policy) else model,
+            model=model.source if isinstance(model, Policy) else str(model),
             data=source_name(data),
             out=str(out),
             validation_data=None if validation_data is None else source_name(validation_data),
@@ -73,27 +80,26 @@ class SFTTrainer:
         )
         modules = {"policy": policy.model}
         optimizer = Optimizer(modules, config, total_steps=len(plan))
-        with Run(
-            "sft", config, total_steps=len(plan), modules=modules, optimizer=optimizer
-        ) as run:
+        with Run("sft", config, total_steps=len(plan), modules=modules, optimizer=optimizer) as run:
             last = train_on(
                 run,
                 plan,
                 optimizer,
                 config,
                 validate=lambda: evaluate_on(validation, config.microbatch_size),
+                validate_every=config.validate_every,
             )
             policy.save(run.out)
             return run.finish({"steps": len(plan), "rows": len(examples), **last})
 
     def _policy(self) -> Policy:
         config = self.config
-        if self._given is not None:
-            return self._given
-        if config.model in SMALL_NAMES:
+        if self._given is None and config.model in SMALL_NAMES:
             return _from_scratch(config, self._data)
         if config.vocab_size is not None:
-            raise ValueError("vocab_size is for a model from scratch: a folder brings its own")
+            raise ValueError("vocab_size is for a model from scratch: this one brings its own")
+        if self._given is not None:
+            return with_options(self._given, config)
         folder = resolve_folder(config.model)
         policy = load_policy(folder, device=config.device, dtype=torch.float32)
         policy.tokenizer = open_tokenizer(folder, config)

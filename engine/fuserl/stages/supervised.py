@@ -21,8 +21,9 @@ from fuserl.run import Run
 
 
 class Objective(Protocol):
-    lengths: Sequence[int]
-    """Tokens of each row: rows of like length are batched together."""
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each row: rows of like length are batched together."""
 
     def weight(self, rows: Sequence[int]) -> int:
         """What these rows count in a mean over rows."""
@@ -80,7 +81,7 @@ def train_on(
             metrics.update(found)
             validation = {name: float(value) for name, value in found.items()}
         run.log(step, metrics, show=show)
-    return validation
+    return validation or {name: float(value) for name, value in validate().items()}
 
 
 def _optimizer_step(

@@ -157,7 +157,7 @@ class ProjectionChunks:
     def backward(
         self, rows: slice, logits: torch.Tensor, row_backward: Callable[..., torch.Tensor]
     ) -> None:
-        """Add the chunk's gradients; `row_backward(out)` writes dlogits, and may overwrite logits."""
+        """Add the chunk's gradients; `row_backward(out)` writes dlogits, perhaps over logits."""
         if self.softcap:
             slope = 1 - (logits / self.softcap).square_()
             gradient = row_backward(logits).mul_(slope)

@@ -9,9 +9,9 @@ token of a sequence has the exp of the sum or mean of its log-ratios, and the gr
 it. The argument of exp is held below MAX_LOG_RATIO so that ratio, square and slope stay finite.
 
 The loss is sum_t w_t (term_t + kl_coef * kl_t - entropy_coef * entropy_t), with weights w_t
-    token_mean     1 / denominator                     (default: trained tokens)
+    token_mean     1 / denominator; default: the number of trained tokens
     sequence_mean  1 / (tokens of the sequence) / denominator
-    sequence_sum   1 / denominator                     (default of both: sequences with a trained token)
+    sequence_sum   1 / denominator; default of both: the number of sequences with a trained token
 """
 
 import functools
@@ -343,7 +343,7 @@ def linear_policy_loss_fwd(
             )
             new[kept[rows]], entropy[kept[rows]] = logp, row_entropy
             # With a denominator of 1 and every token trained, the gradient is w_t times this one.
-            _, _, grad_logp, grad_entropy = policy_loss_fwd(
+            _, _, grad_logp, row_bonus = policy_loss_fwd(
                 logp,
                 old[rows],
                 advantage[rows],
@@ -359,7 +359,7 @@ def linear_policy_loss_fwd(
                 True,
             )
             grad_logp = grad_logp * weights[rows]
-            grad_entropy = grad_entropy * weights[rows] if entropy_coef else None
+            row_bonus_gradient = row_bonus * weights[rows] if entropy_coef else None
 
             row_backward = functools.partial(
                 kernels.backward,
@@ -371,7 +371,7 @@ def linear_policy_loss_fwd(
                 stats,
                 row_entropy,
                 grad_logp,
-                grad_entropy,
+                row_bonus_gradient,
             )
             chunks.backward(rows, logits, row_backward)
         grads = projection_gradients(chunks, hidden, weight, bias, kept)

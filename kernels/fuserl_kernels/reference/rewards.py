@@ -79,7 +79,7 @@ def shape_rewards_fwd(
     """Returns rewards = -kl_coef * kl + score at its slot, and kl; both zero elsewhere.
 
     A score is clipped to +-score_clip, then multiplied by score_scale, then the missing-EOS rule
-    applies where has_eos is False: "replace" makes it -penalty, "subtract" takes the penalty off."""
+    applies where has_eos is False: "replace" makes it -penalty, "subtract" takes penalty off."""
     dtype = compute_dtype(scores, logprobs)
     new = torch.where(loss_mask, logprobs.to(dtype), 0)
     ref = torch.where(loss_mask, ref_logprobs.to(dtype), 0)
@@ -138,11 +138,22 @@ def gae_fwd(
 
     Rewards and values outside value_mask count as 0. "identity": t+1 is the next slot of the mask,
     so a hole costs no discount. "carry": t+1 is the next position, so value 0 and one more decay
-    at each position of a hole. Advantages are 0 outside loss_mask, returns = A + v on value_mask."""
+    at each position of a hole. Advantages are 0 outside loss_mask, returns A + v on value_mask."""
     if cu_seqlens is not None:
-        padded = [pad(x, cu_seqlens)[0] for x in (rewards, values, loss_mask, value_mask)]
-        advantages, returns = gae_fwd(*padded, None, gamma, gae_lambda, masked)
-        index = pad(loss_mask, cu_seqlens)[1]
+        padded_rewards, index = pad(rewards, cu_seqlens)
+        padded_values, padded_loss_mask, padded_value_mask = (
+            pad(x, cu_seqlens)[0] for x in (values, loss_mask, value_mask)
+        )
+        advantages, returns = gae_fwd(
+            padded_rewards,
+            padded_values,
+            padded_loss_mask,
+            padded_value_mask,
+            None,
+            gamma,
+            gae_lambda,
+            masked,
+        )
         return advantages.reshape(-1)[index], returns.reshape(-1)[index]
     dtype = compute_dtype(rewards, values)
     slots = value_mask | loss_mask

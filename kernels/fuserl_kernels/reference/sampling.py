@@ -43,9 +43,9 @@ def philox(counter: torch.Tensor, key_low: int, key_high: int) -> torch.Tensor:
     even, odd = counter[0::2], counter[1::2].flip(0)
     for key in keys:
         product = even * multipliers
-        crossed = ((product >> 32) ^ odd ^ key) & _WORD  # words (2, 0)
-        even = crossed.flip(0)
-        odd = product & _WORD  # low halves: words (3, 1)
+        crossed = (product >> 32).bitwise_xor_(odd).bitwise_xor_(key).bitwise_and_(_WORD)
+        even = crossed.flip(0)  # crossed holds words (2, 0)
+        odd = product.bitwise_and_(_WORD)  # low halves: words (3, 1)
     return torch.stack([even[0], odd[1], even[1], odd[0]])
 
 
@@ -70,7 +70,7 @@ def _top_k(x: torch.Tensor, k: int) -> torch.Tensor:
 
 def _top_p(x: torch.Tensor, top_p: float) -> torch.Tensor:
     """Mask of the smallest set of likeliest entries whose mass reaches top_p (at least one)."""
-    ordered, order = x.sort(-1, descending=True, stable=True)
+    ordered, order = x.sort(dim=-1, descending=True, stable=True)
     mass = torch.softmax(ordered, -1).double()
     kept = mass.cumsum(-1) - mass < top_p
     kept[:, 0] = True
@@ -78,12 +78,12 @@ def _top_p(x: torch.Tensor, top_p: float) -> torch.Tensor:
 
 
 def _draw(probabilities: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Index [B] of the first entry whose cumulative mass exceeds u * total; never one of mass 0."""
+    """Index [B] of the first entry whose cumulative mass exceeds u * total; never one of mass 0.
+
+    There always is one: for u <= 1 - 2^-53 the float64 product u * total rounds below total."""
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1]
-    below_total = torch.nextafter(total, torch.zeros_like(total))
-    target = torch.minimum(u * total, below_total)
-    return torch.searchsorted(cumulative, target.unsqueeze(-1), right=True).squeeze(-1)
+    target = u.unsqueeze(-1) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
 
 
 def sample_tokens_fwd(

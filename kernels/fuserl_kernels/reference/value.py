@@ -25,9 +25,8 @@ def value_loss_fwd(
     new, old, target = (
         torch.where(loss_mask, x.to(dtype), 0) for x in (new_values, values, returns)
     )
-    step = new - old
-    error = new - target
-    clipped_error = old + step.clamp(-clip_range, clip_range) - target
+    bounded = new.clamp(old - clip_range, old + clip_range)
+    error, clipped_error = new - target, bounded - target
     clipped = clipped_error.square() > error.square()
     worst = torch.where(clipped, clipped_error, error)
 
@@ -49,5 +48,5 @@ def value_loss_fwd(
     )
     if not needs_grad:
         return loss, metrics, new_values.new_empty(0)
-    slope = torch.where(clipped & (step.abs() > clip_range), 0, worst)
+    slope = torch.where(clipped & (bounded != new), 0, worst)
     return loss, metrics, (slope / divisor).to(new_values.dtype)

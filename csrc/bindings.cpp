@@ -1,0 +1,70 @@
+// Python's view of the CPU kernels: pointers arrive as integers, arguments by name, and the GIL is
+// released while a kernel runs. Checks and allocation are Python's.
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "cpu/token_logprobs.h"
+
+namespace py = pybind11;
+using Address = std::uintptr_t;
+using Size = std::int64_t;
+
+namespace {
+
+template <typename T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+fuserl::Rows rows_of(Address logits, bool is_bf16, Size num_rows, Size vocab_size, Size row_stride,
+                     Address token_ids, Address temperatures, double temperature,
+                     Address loss_mask) {
+    return {at<const void>(logits),        is_bf16,
+            num_rows,                      vocab_size,
+            row_stride,                    at<const std::int64_t>(token_ids),
+            at<const float>(temperatures), temperature,
+            at<const bool>(loss_mask)};
+}
+
+void forward(Address logits, bool is_bf16, Size num_rows, Size vocab_size, Size row_stride,
+             Address token_ids, Address temperatures, double temperature, Address loss_mask,
+             Address logprobs, Address entropy, Address stats, int num_threads) {
+    fuserl::token_logprobs_forward(
+        rows_of(logits, is_bf16, num_rows, vocab_size, row_stride, token_ids, temperatures,
+                temperature, loss_mask),
+        at<float>(logprobs), at<float>(entropy), at<float>(stats), num_threads);
+}
+
+void backward(Address logits, bool is_bf16, Size num_rows, Size vocab_size, Size row_stride,
+              Address token_ids, Address temperatures, double temperature, Address loss_mask,
+              Address stats, Address entropy, Address grad_logprobs, Address grad_entropy,
+              Address out, Size out_stride, int num_threads) {
+    fuserl::token_logprobs_backward(
+        rows_of(logits, is_bf16, num_rows, vocab_size, row_stride, token_ids, temperatures,
+                temperature, loss_mask),
+        at<const float>(stats), at<const float>(entropy), at<const float>(grad_logprobs),
+        at<const float>(grad_entropy), at<void>(out), out_stride, num_threads);
+}
+
+py::dict build_info() {
+    using namespace py::literals;
+    return py::dict("compiler"_a = __VERSION__, "instructions"_a = fuserl::instruction_set());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+    using namespace py::literals;
+    using Unlocked = py::call_guard<py::gil_scoped_release>;
+    module.def("build_info", &build_info);
+    module.def("token_logprobs_forward", &forward, py::kw_only(), "logits"_a, "is_bf16"_a,
+               "num_rows"_a, "vocab_size"_a, "row_stride"_a, "token_ids"_a, "temperatures"_a,
+               "temperature"_a, "loss_mask"_a, "logprobs"_a, "entropy"_a, "stats"_a,
+               "num_threads"_a, Unlocked());
+    module.def("token_logprobs_backward", &backward, py::kw_only(), "logits"_a, "is_bf16"_a,
+               "num_rows"_a, "vocab_size"_a, "row_stride"_a, "token_ids"_a, "temperatures"_a,
+               "temperature"_a, "loss_mask"_a, "stats"_a, "entropy"_a, "grad_logprobs"_a,
+               "grad_entropy"_a, "out"_a, "out_stride"_a, "num_threads"_a, Unlocked());
+}

@@ -1,0 +1,45 @@
+"""What the kernel tests share: which implementations run here, the error rule, and opcheck."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from fuserl_kernels import native
+
+
+def runnable(table: Mapping[str, Callable]) -> list[str]:
+    """The implementations of an op that can run on this machine's CPU."""
+    return [
+        name
+        for name in table
+        if name == "reference" or (name == "native" and native.why_absent() is None)
+    ]
+
+
+def assert_error_rule(
+    ours: torch.Tensor, peer: torch.Tensor, truth: torch.Tensor, tolerance: float
+) -> None:
+    """|ours - truth| may exceed the largest |peer - truth| by `tolerance` at most.
+
+    truth is float64; peer is PyTorch's own result in the dtype of ours. Infinities must match."""
+    assert not ours.isnan().any()
+    finite = truth.isfinite()
+    assert torch.equal(ours.double()[~finite], truth[~finite])
+    error = (ours.double() - truth)[finite].abs()
+    allowed = (peer.double() - truth)[finite].abs()
+    if error.numel():
+        assert error.max() <= allowed.max() + tolerance, (error.max(), allowed.max())
+
+
+def opcheck(name: str, *arguments: object) -> None:
+    """torch.library.opcheck of fuserl_kernels::name: schema, autograd, fake and compiled runs."""
+    torch.library.opcheck(getattr(torch.ops.fuserl_kernels, name).default, arguments)
+
+
+def ragged_mask(num_sequences: int, num_slots: int, holes: bool = False) -> torch.Tensor:
+    """A bool mask [B, T] of sequences of different lengths, perhaps with holes; one row empty."""
+    lengths = torch.randint(1, num_slots + 1, (num_sequences, 1))
+    if num_sequences > 2:
+        lengths[1] = 0
+    mask = torch.arange(num_slots) < lengths
+    return mask & (torch.rand(num_sequences, num_slots) > 0.3) if holes else mask

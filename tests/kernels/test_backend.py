@@ -1,0 +1,106 @@
+"""Choosing an implementation: names, explicit choices that cannot run, the process-wide reach."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import fuserl_kernels as fk
+from fuserl_kernels import backend, native
+
+LOGITS, IDS = torch.zeros(2, 5), torch.zeros(2, dtype=torch.long)
+
+
+def test_unknown_name_lists_the_valid_ones():
+    with (
+        pytest.raises(ValueError, match="auto, triton, native, reference, not 'cuda'"),
+        fk.use_backend("cuda"),
+    ):
+        pass
+
+
+def test_an_op_without_the_implementation_raises():
+    with (
+        fk.use_backend("triton"),
+        pytest.raises(RuntimeError, match=r"token_logprobs cannot run .*'triton'.* auto"),
+    ):
+        fk.token_logprobs(LOGITS, IDS)
+    with (
+        fk.use_backend("native"),
+        pytest.raises(RuntimeError, match=r"masked_whiten cannot run .*'native'"),
+    ):
+        fk.masked_whiten(LOGITS, LOGITS == 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_dtype_that_cannot_run_raises_and_auto_takes_the_reference(dtype):
+    with fk.use_backend("native"), pytest.raises(RuntimeError, match=f"not {dtype}"):
+        fk.token_logprobs(LOGITS.to(dtype), IDS)
+    assert fk.token_logprobs(LOGITS.to(dtype), IDS).isfinite().all()
+
+
+def test_an_absent_native_module_raises_with_the_remedy_and_auto_goes_on(monkeypatch):
+    reason = "the compiled CPU kernels are not usable; install again with FUSERL_BUILD=require"
+    monkeypatch.setattr(native, "why_absent", lambda: reason)
+    with fk.use_backend("native"), pytest.raises(RuntimeError, match="FUSERL_BUILD=require"):
+        fk.token_logprobs(LOGITS, IDS)
+    assert fk.token_logprobs(LOGITS, IDS).isfinite().all()
+    assert backend.available()["native"] == f"no: {reason}"
+
+
+def test_the_choice_reaches_other_threads_and_ends_with_the_block():
+    seen = []
+
+    def call():
+        try:
+            fk.token_logprobs(LOGITS, IDS)
+        except RuntimeError as error:
+            seen.append(str(error))
+
+    with fk.use_backend("triton"):
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+    assert len(seen) == 1
+    call()
+    assert len(seen) == 1
+
+
+def test_blocks_nest():
+    with fk.use_backend("triton"):
+        with fk.use_backend("reference"):
+            fk.token_logprobs(LOGITS, IDS)
+        with pytest.raises(RuntimeError):
+            fk.token_logprobs(LOGITS, IDS)
+
+
+@pytest.mark.parametrize(
+    ("value", "code"),
+    [("reference", 0), ("nonsense", 1)],
+)
+def test_the_environment_sets_the_default(value, code):
+    program = "from fuserl_kernels import backend; print(backend._choice)"
+    environment = os.environ | {
+        "FUSERL_BACKEND": value,
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code
+    if code:
+        assert "FUSERL_BACKEND must be one of auto, triton, native, reference" in done.stderr
+    else:
+        assert done.stdout.strip() == value
+
+
+def test_only_public_functions_are_exported():
+    for name in fk.__all__:
+        assert getattr(fk, name).__doc__

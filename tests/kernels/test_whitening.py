@@ -1,0 +1,69 @@
+"""masked_whiten: biased and unbiased, kept means, masks, degenerate counts."""
+
+import pytest
+import torch
+from kernel_testing import assert_error_rule, opcheck, ragged_mask, runnable
+
+import fuserl_kernels as fk
+from fuserl_kernels.whitening import FORWARD
+
+BACKENDS = runnable(FORWARD)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("shift_mean", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equals_the_plain_formula(backend, unbiased, shift_mean, dtype):
+    x, mask = torch.randn(7, 9, dtype=dtype) * 3 + 5, ragged_mask(7, 9, holes=True)
+
+    def plain(kept):
+        white = (kept - kept.mean()) * torch.rsqrt(kept.var(unbiased=unbiased) + 1e-8)
+        return white if shift_mean else white + kept.mean()
+
+    with fk.use_backend(backend):
+        got = fk.masked_whiten(
+            torch.where(mask, x, torch.nan), mask, shift_mean=shift_mean, unbiased=unbiased
+        )
+    assert got.dtype == dtype
+    assert (got[~mask] == 0).all()
+    assert_error_rule(got[mask], plain(x[mask]), plain(x[mask].double()), 1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_by_hand(backend):
+    x, mask = torch.tensor([[1.0, 3.0, 99.0]]), torch.tensor([[True, True, False]])
+    with fk.use_backend(backend):
+        torch.testing.assert_close(fk.masked_whiten(x, mask), torch.tensor([[-1.0, 1.0, 0.0]]))
+        root = 2**-0.5
+        torch.testing.assert_close(
+            fk.masked_whiten(x, mask, unbiased=True), torch.tensor([[-root, root, 0.0]])
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_one_entry_equal_entries_and_none(backend, unbiased):
+    x = torch.full((2, 3), 4.0)
+    one = torch.zeros(2, 3, dtype=torch.bool)
+    one[1, 1] = True
+    with fk.use_backend(backend):
+        assert (fk.masked_whiten(x, one, unbiased=unbiased) == 0).all()
+        kept = fk.masked_whiten(x, one, shift_mean=False, unbiased=unbiased)
+        assert kept[1, 1].item() == 4.0
+        assert (fk.masked_whiten(x, x == 4, unbiased=unbiased) == 0).all()
+        assert (fk.masked_whiten(x, x == 0, unbiased=unbiased) == 0).all()
+        assert fk.masked_whiten(x[:0], one[:0], unbiased=unbiased).shape == (0, 3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend):
+    with fk.use_backend(backend):
+        opcheck("masked_whiten", torch.randn(3, 4), torch.rand(3, 4) > 0.5, True, False)
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="mask must have shape"):
+        fk.masked_whiten(torch.zeros(2, 3), torch.ones(2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="x must be a floating-point"):
+        fk.masked_whiten(torch.zeros(2, dtype=torch.long), torch.ones(2, dtype=torch.bool))
