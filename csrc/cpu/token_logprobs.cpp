@@ -9,7 +9,8 @@
 #include <thread>
 #include <vector>
 
-// Vectors in the compilers' own extension: one source for every instruction set. Everything that takes or returns one is inlined, so their calling convention never matters.
+// Vectors in the compilers' own extension: one source for every instruction set. Everything that
+// takes or returns one is inlined, so their calling convention never matters.
 #pragma GCC diagnostic ignored "-Wpsabi"
 #define FUSERL_INLINE inline __attribute__((always_inline))
 
@@ -164,7 +165,8 @@ struct Simd {
 
     // s = (x - maximum) / temperature over the row; a NaN anywhere makes the sums NaN.
     template <typename T, bool kEntropy>
-    static FUSERL_INLINE Sums row_sums(const T* row, std::int64_t size, float maximum, float inverse) {
+    static FUSERL_INLINE Sums row_sums(const T* row, std::int64_t size, float maximum,
+                                       float inverse) {
         Sums sums;
         for (std::int64_t start = 0; start < size; start += kBlock) {
             const std::int64_t stop = std::min(start + kBlock, size);

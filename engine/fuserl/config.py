@@ -6,9 +6,6 @@ Nothing here imports torch: `fuserl --help` reads this file alone.
 from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_origin, get_type_hints
 
-ALGORITHM_NAMES = ("ppo", "reinforce", "reinforce_baseline")
-PRESET_NAMES = ("n+",)
-
 
 def _require_positive(config: object, *names: str) -> None:
     for name in names:

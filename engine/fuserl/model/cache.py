@@ -59,8 +59,9 @@ class KVCache:
         self.positions = self.positions + 1
 
     def keep(self, rows: Tensor) -> None:
-        """Drop every row but these ([kept] int64)."""
+        """Make these rows the batch ([kept] int64): the others are dropped, one named n times
+        is there n times."""
         self.positions = self.positions[rows]
         self._keys = [keys[rows] for keys in self._keys]
         self._values = [values[rows] for values in self._values]
-        self._rows = self._rows[: len(rows)]
+        self._rows = torch.arange(len(rows), device=rows.device)

@@ -44,7 +44,7 @@ def with_options(policy: Policy, config: DataConfig) -> Policy:
         raise ValueError(f"device {config.device!r} was asked for, but the policy is on {device}")
     policy.tokenizer = with_chat_template(policy.tokenizer, config)
     if config.prompt_template is not None:
-        policy.notes = FolderNotes(prompt_template=config.prompt_template)
+        policy.notes = dataclasses.replace(policy.notes, prompt_template=config.prompt_template)
     return policy
 
 

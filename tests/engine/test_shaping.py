@@ -1,0 +1,216 @@
+"""From scores to advantages, against loops written out here: where the score stands, what the
+missing EOS does, the sign of the KL penalty, returns and GAE."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fuserl.batch import RolloutBatch
+from fuserl.config import RLConfig
+from fuserl.shaping import shape
+
+PROMPTS = [[5], [6, 7], [8, 9], [10]]
+COMPLETIONS = [[11, 12, 2], [13, 14, 15, 16, 17], [2], [18, 19]]  # EOS: yes, no, yes, no
+LIMIT = 5
+
+
+def config(algorithm: str = "ppo", **options: Any) -> RLConfig:
+    return RLConfig(model="m", data="d", out="o", algorithm=algorithm, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def batch(batch_of: Callable[..., RolloutBatch]) -> RolloutBatch:
+    made = batch_of(PROMPTS, COMPLETIONS, width=LIMIT)
+    noise = torch.where(made.loss_mask, 0.3 * torch.randn(4, LIMIT), 0.0)
+    return dataclasses.replace(
+        made,
+        scores=torch.tensor([1.0, 2.0, -3.0, 4.0]),
+        ref_logprobs=made.logprobs + noise,
+        values=torch.randn(4, LIMIT),
+    )
+
+
+def exclude(batch: RolloutBatch, row: int) -> RolloutBatch:
+    mask = batch.loss_mask.clone()
+    mask[row] = False
+    return dataclasses.replace(batch, loss_mask=mask)
+
+
+def fields(batch: RolloutBatch) -> dict[str, torch.Tensor]:
+    names = ("rewards", "kl", "value_mask", "advantages", "returns")
+    found = {name: getattr(batch, name) for name in names}
+    assert all(tensor is not None for tensor in found.values())
+    return found
+
+
+def test_the_score_stands_one_slot_after_the_last_token(batch: RolloutBatch) -> None:
+    found = fields(shape(batch, config(kl_coef=0.0)))
+    expected = torch.zeros(4, LIMIT)
+    expected[0, 3] = 1.0
+    expected[1, 4] = -1.0  # full: on its last token; no EOS: replaced by minus the penalty
+    expected[2, 1] = -3.0
+    expected[3, 2] = -1.0
+    torch.testing.assert_close(found["rewards"], expected)
+    slots = torch.tensor([4, 5, 2, 3])  # tokens and, where there is room, the score's slot
+    assert torch.equal(found["value_mask"], torch.arange(LIMIT) < slots[:, None])
+
+
+def test_a_missing_eos_replaces_the_score_by_the_penalty(batch: RolloutBatch) -> None:
+    sums = fields(shape(batch, config(kl_coef=0.0, missing_eos_penalty=7.5)))["rewards"].sum(1)
+    assert sums.tolist() == [1.0, -7.5, -3.0, -7.5]
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
+def test_the_kl_penalty_lowers_the_reward(estimator: str, batch: RolloutBatch) -> None:
+    found = fields(shape(batch, config(kl_coef=0.5, kl_estimator=estimator)))
+    without = fields(shape(batch, config(kl_coef=0.0)))
+    assert batch.ref_logprobs is not None
+    d = (batch.logprobs - batch.ref_logprobs).double()
+    kl = {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d, "abs": d.abs()}[estimator]
+    kl = torch.where(batch.loss_mask, kl, 0).float()
+    torch.testing.assert_close(found["kl"], kl, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found["rewards"], without["rewards"] - 0.5 * kl)
+
+
+def loop_gae(
+    rewards: list[float], values: list[float], gamma: float, lam: float
+) -> tuple[list[float], list[float]]:
+    advantages, ahead, next_value = [], 0.0, 0.0
+    for reward, value in zip(reversed(rewards), reversed(values), strict=True):
+        ahead = reward + gamma * next_value - value + gamma * lam * ahead
+        next_value = value
+        advantages.append(ahead)
+    advantages.reverse()
+    return advantages, [a + v for a, v in zip(advantages, values, strict=True)]
+
+
+def test_ppo_equals_gae_by_hand_whitened_with_biased_variance(batch: RolloutBatch) -> None:
+    found = fields(shape(batch, config(gamma=0.9, gae_lambda=0.8, kl_coef=0.1)))
+    assert batch.values is not None
+    flat = []
+    for i, completion in enumerate(COMPLETIONS):
+        slots = min(len(completion) + 1, LIMIT)
+        rewards = found["rewards"][i, :slots].tolist()
+        advantages, returns = loop_gae(rewards, batch.values[i, :slots].tolist(), 0.9, 0.8)
+        torch.testing.assert_close(found["returns"][i, :slots], torch.tensor(returns))
+        assert (found["returns"][i, slots:] == 0).all()
+        flat += advantages[: len(completion)]
+    raw = torch.tensor(flat, dtype=torch.float64)
+    white = (raw - raw.mean()) / (raw.var(unbiased=False) + 1e-8).sqrt()
+    ours = found["advantages"][batch.loss_mask].double()
+    torch.testing.assert_close(ours, white, rtol=1e-5, atol=1e-5)
+    assert (found["advantages"][~batch.loss_mask] == 0).all()
+
+
+def loop_returns(rewards: list[float], gamma: float) -> list[float]:
+    returns, ahead = [], 0.0
+    for reward in reversed(rewards):
+        ahead = reward + gamma * ahead
+        returns.append(ahead)
+    return returns[::-1]
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_reinforce_weighs_each_token_by_its_reward_to_go(
+    gamma: float, batch: RolloutBatch
+) -> None:
+    found = fields(shape(batch, config("reinforce", gamma=gamma, kl_coef=0.1)))
+    for i, completion in enumerate(COMPLETIONS):
+        slots = min(len(completion) + 1, LIMIT)
+        expected = loop_returns(found["rewards"][i, :slots].tolist(), gamma)
+        own = found["advantages"][i]
+        torch.testing.assert_close(own[: len(completion)], torch.tensor(expected)[: len(completion)])
+        assert (own[len(completion) :] == 0).all()
+    if gamma == 1.0:
+        whole = found["rewards"].sum(1)
+        torch.testing.assert_close(found["advantages"][:, 0], whole)
+
+
+def test_the_baseline_is_the_mean_over_the_tokens(batch: RolloutBatch) -> None:
+    plain = fields(shape(batch, config("reinforce")))["advantages"]
+    based = fields(shape(batch, config("reinforce_baseline")))["advantages"]
+    mask = batch.loss_mask
+    assert based[mask].mean().item() == pytest.approx(0.0, abs=1e-6)
+    torch.testing.assert_close(based[mask], plain[mask] - plain[mask].mean())
+    assert (based[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("algorithm", ["reinforce", "ppo"])
+def test_rewards_at_every_token_are_discounted_where_they_stand(
+    algorithm: str, batch: RolloutBatch
+) -> None:
+    """The last token's reward is its own, with no slot after it, and no EOS rule applies."""
+    scores = torch.where(batch.loss_mask, torch.randn(4, LIMIT), 0.0)
+    batch = dataclasses.replace(batch, scores=scores)
+    options = {"gamma": 0.8, "kl_coef": 0.0, "reward_at": "token"}
+    found = fields(shape(batch, config(algorithm, **options)))
+    torch.testing.assert_close(found["rewards"], scores)
+    assert torch.equal(found["value_mask"], batch.loss_mask)
+    assert batch.values is not None
+    for i, completion in enumerate(COMPLETIONS):
+        length = len(completion)
+        rewards = scores[i, :length].tolist()
+        if algorithm == "reinforce":
+            expected = loop_returns(rewards, 0.8)
+        else:
+            expected = loop_gae(rewards, batch.values[i, :length].tolist(), 0.8, 0.95)[1]
+        torch.testing.assert_close(found["returns"][i, :length], torch.tensor(expected))
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "reinforce", "reinforce_baseline"])
+def test_padding_changes_nothing(algorithm: str, batch: RolloutBatch) -> None:
+    """A batch whose longest completion has room after it, and the same with wider padding."""
+    batch = exclude(batch, 1).select(torch.tensor([0, 2, 3]))
+    narrow = dataclasses.replace(
+        batch,
+        **{
+            name: getattr(batch, name)[:, :4]
+            for name in ("completions", "loss_mask", "logprobs", "ref_logprobs", "values")
+        },
+    )
+    wide, thin = (fields(shape(b, config(algorithm, kl_coef=0.1))) for b in (batch, narrow))
+    for name, tensor in thin.items():
+        torch.testing.assert_close(wide[name][:, :4], tensor, msg=name)
+        assert (wide[name][:, 4:] == 0).all(), name
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "reinforce", "reinforce_baseline"])
+@pytest.mark.parametrize("whiten_rewards", [False, True])
+def test_a_sequence_left_out_is_as_if_it_were_not_there(
+    algorithm: str, whiten_rewards: bool, batch: RolloutBatch
+) -> None:
+    options = config(algorithm, whiten_rewards=whiten_rewards)
+    with_hole = fields(shape(exclude(batch, 2), options))
+    without = fields(shape(batch.select(torch.tensor([0, 1, 3])), options))
+    for name, tensor in without.items():
+        torch.testing.assert_close(with_hole[name][[0, 1, 3]], tensor, msg=name)
+        assert (with_hole[name][2] == 0).all(), name
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "reinforce", "reinforce_baseline"])
+@pytest.mark.parametrize("whiten_rewards", [False, True])
+def test_a_batch_without_a_trained_token_is_all_zero(
+    algorithm: str, whiten_rewards: bool, batch: RolloutBatch
+) -> None:
+    nothing = dataclasses.replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))
+    found = shape(nothing, config(algorithm, whiten_rewards=whiten_rewards))
+    for name, tensor in fields(found).items():
+        assert (tensor == 0).all(), name
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "reinforce_baseline"])
+def test_equal_scores_and_a_single_sequence_give_no_nan(
+    algorithm: str, batch_of: Callable[..., RolloutBatch]
+) -> None:
+    single = batch_of([[5]], [[2]], width=2)
+    single = dataclasses.replace(
+        single,
+        scores=torch.tensor([3.0]),
+        ref_logprobs=single.logprobs,
+        values=torch.zeros(1, 2),
+    )
+    advantages = fields(shape(single, config(algorithm, gae_lambda=0.95)))["advantages"]
+    assert advantages.tolist() == [[0.0, 0.0]]
