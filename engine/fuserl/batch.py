@@ -1,7 +1,10 @@
-"""The record of one RL step. Phases fill it in the order of the loop; nobody changes a field."""
+"""The record of one RL step. Each phase of the loop adds its fields, which makes it the next
+phase's type; nobody changes a field."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -9,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutBatch:
-    """B sequences. Everything per token lives on the completion axis: index t is completion
+    """B sampled sequences. Everything per token lives on the completion axis: index t is completion
     token t. Rows are right-padded, and lengths come from the sampler, so that padding may be
     any id. In a mask True means: a real token, which trains.
 
@@ -17,7 +20,6 @@ class RolloutBatch:
     limit: a score or a value may sit one slot after the last token (preset n+).
     """
 
-    # rollout
     prompts: Tensor  # [B, P] int64
     prompt_lengths: Tensor  # [B] int64
     completions: Tensor  # [B, T] int64, the sampled ids, EOS included
@@ -25,31 +27,43 @@ class RolloutBatch:
     has_eos: Tensor  # [B] bool
     loss_mask: Tensor  # [B, T] bool
     logprobs: Tensor  # [B, T] fp32, of the policy that sampled
-    # score
-    scores: Tensor | None = None  # [B], or [B, T] for rewards at every token
-    ref_logprobs: Tensor | None = None  # [B, T] fp32
-    values: Tensor | None = None  # [B, T] fp32, of the state before token t
-    # shape
-    rewards: Tensor | None = None  # [B, T] fp32, score and KL penalty
-    kl: Tensor | None = None  # [B, T] fp32
-    value_mask: Tensor | None = None  # [B, T] bool, loss_mask and the score's slot
-    advantages: Tensor | None = None  # [B, T] fp32
-    returns: Tensor | None = None  # [B, T] fp32, of each slot: what the critic learns
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def to(self, device: torch.device | str) -> "RolloutBatch":
+    def fields(self) -> dict[str, Any]:
+        """By name: what the next phase's record is made from."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def to(self, device: torch.device | str) -> Self:
         return self._map(lambda tensor: tensor.to(device))
 
-    def select(self, rows: Tensor) -> "RolloutBatch":
+    def select(self, rows: Tensor) -> Self:
         """Rows by index, [n] int64."""
         return self._map(lambda tensor: tensor[rows])
 
-    def _map(self, function) -> "RolloutBatch":  # type: ignore[no-untyped-def]
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         present = {
-            field.name: function(getattr(self, field.name))
-            for field in dataclasses.fields(self)
-            if getattr(self, field.name) is not None
+            name: function(tensor) for name, tensor in self.fields().items() if tensor is not None
         }
         return dataclasses.replace(self, **present)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredBatch(RolloutBatch):
+    """loss_mask is all False for a sequence that had no usable score."""
+
+    scores: Tensor  # [B], or [B, T] for rewards at every token
+    ref_logprobs: Tensor  # [B, T] fp32
+    values: Tensor | None  # [B, T] fp32, of the state before token t; None without a critic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShapedBatch(ScoredBatch):
+    """What the update learns from."""
+
+    rewards: Tensor  # [B, T] fp32, score and KL penalty
+    kl: Tensor  # [B, T] fp32
+    value_mask: Tensor  # [B, T] bool, loss_mask and the score's slot
+    advantages: Tensor  # [B, T] fp32
+    returns: Tensor  # [B, T] fp32, of each slot: what the critic learns

@@ -125,17 +125,19 @@ def _yaml_flags(kind: type, path: Path) -> list[str]:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected `option: value` lines, found {content!r}")
-    known = [field.name for field in dataclasses.fields(kind)]
+    known = {field.name: field for field in dataclasses.fields(kind)}
     flags = []
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in known:
             raise ValueError(f"{path}: unknown option {key!r}; known: {', '.join(known)}")
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            flags.append(f"--{flag}={value}")
+        flag, is_switch = name.replace("_", "-"), known[name].type in (bool, "bool")
+        if value is None and known[name].default is None:
+            continue
+        if value is None or isinstance(value, list | dict) or is_switch != isinstance(value, bool):
+            wanted = "true or false" if is_switch else "one value"
+            raise ValueError(f"{path}: {key} must be {wanted}, not {value!r}")
+        flags.append(f"--{'' if value else 'no-'}{flag}" if is_switch else f"--{flag}={value}")
     return flags
 
 

@@ -6,6 +6,8 @@ Nothing here imports torch: `fuserl --help` reads this file alone.
 from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_origin, get_type_hints
 
+from fuserl.rollout.sampling import SamplingParams
+
 
 def _require_positive(config: object, *names: str) -> None:
     for name in names:
@@ -258,6 +260,9 @@ class GenerateConfig(DataConfig):
         if (self.data is None) == (self.prompt is None):
             raise ValueError("give either data or prompt")
         _require_positive(self, "max_new_tokens", "num_samples", "max_prompt_length")
+        SamplingParams(  # refuses what cannot be
+            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -287,6 +292,7 @@ class EvaluateConfig(DataConfig):
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
         _require_positive(self, "max_new_tokens", "max_length")
+        SamplingParams(temperature=self.temperature)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be positive, got {self.limit}")
 

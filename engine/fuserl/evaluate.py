@@ -27,6 +27,11 @@ from fuserl.statistics import bootstrap_ci95
 def run_evaluate(config: EvaluateConfig) -> None:
     """Print the result as JSON, or write it to config.out with the completions beside it."""
     if config.model not in SMALL_NAMES and is_reward_model(resolve_folder(config.model)):
+        if config.reward_model is not None:
+            raise ValueError(
+                f"reward_model judges a policy's completions, and {config.model} is itself a "
+                "reward model"
+            )
         result = evaluate_reward_model(config)
         lines: list[dict[str, Any]] = []
     else:
@@ -35,10 +40,11 @@ def run_evaluate(config: EvaluateConfig) -> None:
     print(text)
     if config.out is not None:
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.out).write_text(text + "\n")
+        Path(config.out).write_text(text + "\n", encoding="utf-8")
         if lines:
             Path(config.out).with_suffix(".jsonl").write_text(
-                "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
+                encoding="utf-8",
             )
 
 
@@ -134,6 +140,8 @@ def _rows(config: EvaluateConfig) -> list[dict[str, Any]] | str:
 
 def _policy(config: EvaluateConfig) -> Policy:
     if config.model not in SMALL_NAMES:
+        if config.tokenizer is not None:
+            raise ValueError(f"tokenizer is for untrained weights: {config.model} has its own")
         folder = resolve_folder(config.model)
         policy = load_policy(folder, device=config.device)
         policy.tokenizer = open_tokenizer(folder, config)

@@ -34,7 +34,8 @@ def run_generate(config: GenerateConfig) -> None:
         tell("prompts", counts)
     num_tokens, began = 0, time.perf_counter()
     bar = tqdm(total=len(prompts), desc="generate", unit="prompt", disable=config.out is None)
-    with open(config.out, "w") if config.out else nullcontext(sys.stdout) as file, bar:
+    screen = nullcontext(sys.stdout)
+    with Path(config.out).open("w", encoding="utf-8") if config.out else screen as file, bar:
         for first in range(0, len(prompts), config.batch_size):
             part = prompts[first : first + config.batch_size]
             out = policy.generate(

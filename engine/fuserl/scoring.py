@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fuserl.batch import RolloutBatch
+from fuserl.batch import RolloutBatch, ScoredBatch
 from fuserl.data.examples import Prompt
 from fuserl.model.heads import LanguageModel, ScalarModel
 from fuserl.rewards import Reward
@@ -23,17 +23,16 @@ def score(
     critic: ScalarModel | None,
     temperature: float,
     microbatch_size: int,
-) -> RolloutBatch:
-    """Fill scores, ref_logprobs and values. A sequence whose score is NaN or infinite is left
+) -> ScoredBatch:
+    """Add scores, ref_logprobs and values. A sequence whose score is NaN or infinite is left
     out: its loss_mask becomes all False and its score 0."""
     scores = reward(batch, prompts)
     bad = ~scores.isfinite()
     excluded = bad if bad.ndim == 1 else bad.any(dim=1)
     scores = torch.where(bad, 0.0, scores)
-    batch = dataclasses.replace(
-        batch, scores=scores, loss_mask=batch.loss_mask & ~excluded[:, None]
-    )
-    ref_logprobs, values = [], []
+    batch = dataclasses.replace(batch, loss_mask=batch.loss_mask & ~excluded[:, None])
+    ref_logprobs: list[Tensor] = []
+    values: list[Tensor] = []
     for rows in torch.arange(len(batch), device=scores.device).split(microbatch_size):
         part = batch.select(rows)
         token_ids = join(
@@ -52,12 +51,9 @@ def score(
         if critic is not None:
             width = part.completions.shape[1]
             values.append(completion_values(critic, token_ids, part.prompt_lengths, width))
-    return dataclasses.replace(
-        batch,
+    return ScoredBatch(
+        **batch.fields(),
+        scores=scores,
         ref_logprobs=torch.cat(ref_logprobs),
-        values=_cat(values),
+        values=torch.cat(values) if values else None,
     )
-
-
-def _cat(parts: list[Tensor]) -> Tensor | None:
-    return torch.cat(parts) if parts else None

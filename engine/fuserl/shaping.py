@@ -1,18 +1,17 @@
 """From scores to advantages: the KL penalty, the score's slot, and the algorithm's estimator."""
 
-import dataclasses
 from typing import Any
 
 import torch
 
 import fuserl_kernels as fk
 from fuserl.algorithms import ALGORITHMS, PRESETS
-from fuserl.batch import RolloutBatch
+from fuserl.batch import ScoredBatch, ShapedBatch
 from fuserl.config import RLConfig
 
 
-def shape(batch: RolloutBatch, config: RLConfig) -> RolloutBatch:
-    """Fill rewards, kl, value_mask, advantages and, with a critic, returns. Nothing carries a
+def shape(batch: ScoredBatch, config: RLConfig) -> ShapedBatch:
+    """Add rewards, kl, value_mask, advantages and returns. Nothing carries a
     gradient. The rule for a missing EOS speaks of sequence scores: it leaves rewards at every
     token alone."""
     algorithm, preset = ALGORITHMS[config.algorithm], PRESETS[config.preset]
@@ -30,6 +29,8 @@ def shape(batch: RolloutBatch, config: RLConfig) -> RolloutBatch:
         "has_eos": batch.has_eos,
     }
     if algorithm.has_critic:
+        if batch.values is None:
+            raise ValueError(f"{config.algorithm} needs the values of a critic")
         advantages, returns, rewards, kl = fk.rewards_to_advantages(
             batch.scores,
             batch.logprobs,
@@ -56,8 +57,8 @@ def shape(batch: RolloutBatch, config: RLConfig) -> RolloutBatch:
         if algorithm.advantage == "return_minus_mean":
             num_tokens = batch.loss_mask.sum().clamp(min=1)
             advantages = torch.where(batch.loss_mask, returns - returns.sum() / num_tokens, 0.0)
-    return dataclasses.replace(
-        batch,
+    return ShapedBatch(
+        **batch.fields(),
         rewards=rewards,
         kl=kl,
         value_mask=value_mask,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import fuserl_kernels as fk
 from fuserl.algorithms import ALGORITHMS
-from fuserl.batch import RolloutBatch
+from fuserl.batch import ShapedBatch
 from fuserl.config import RLConfig
 from fuserl.metrics import WeightedMean
 from fuserl.model.heads import LanguageModel, ScalarModel
@@ -21,7 +21,7 @@ def update(
     policy: LanguageModel,
     critic: ScalarModel | None,
     optimizer: Optimizer,
-    batch: RolloutBatch,
+    batch: ShapedBatch,
     config: RLConfig,
     *,
     seed: int,
@@ -48,7 +48,7 @@ def _step(
     policy: LanguageModel,
     critic: ScalarModel | None,
     optimizer: Optimizer,
-    batch: RolloutBatch,
+    batch: ShapedBatch,
     config: RLConfig,
 ) -> dict[str, Tensor]:
     """One optimizer step over a minibatch."""
@@ -80,7 +80,7 @@ def _step(
         )
         loss.backward()
         totals.add(metrics, weight=part.loss_mask.sum())
-        if critic is not None:
+        if critic is not None and part.values is not None:
             values = completion_values(
                 critic, token_ids, part.prompt_lengths, part.completions.shape[1]
             )
@@ -94,4 +94,4 @@ def _step(
             )
             (config.vf_coef * value_loss).backward()
             totals.add(metrics, weight=part.value_mask.sum())
-    return {**totals.mean(), **optimizer.step()}
+    return {**totals.mean(), "num_tokens": policy_tokens.float(), **optimizer.step()}

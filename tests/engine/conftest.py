@@ -4,7 +4,7 @@ The models' weights are large, so that outputs vary from token to token and from
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from fuserl.model.config import DecoderConfig
 from fuserl.model.folder import FolderNotes, save_model, write_notes
 from fuserl.model.heads import LanguageModel, ScalarModel
 from fuserl.policy import Policy
-from fuserl.rollout.decode import decode
+from fuserl.rollout.decode import Completions, decode
 from fuserl.rollout.sampling import SamplingParams
 from fuserl.sequences import mask_of_lengths
 from fuserl.tokenizer import Tokenizer, train_tokenizer
@@ -35,7 +35,16 @@ SIZES = DecoderConfig(
     init_std=0.35,
     eos_token_id=2,
 )
-WORDS = "red blue green dog cat runs sleeps house tree big small old".split()  # noqa: SIM905
+WORDS = "red blue green dog cat runs sleeps house tree big small old".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """These models are too small to share out, and waiting threads slow each other down."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -163,7 +172,7 @@ def make_prompts() -> Callable[..., list[Prompt]]:
 @pytest.fixture(scope="session")
 def make_batch() -> Callable[..., RolloutBatch]:
     """What the rollout phase hands on: sampled by `model` with one slot after the longest row,
-    where the limit leaves room."""
+    where the limit leaves room. The EOS is an id that ends some of the rows early."""
 
     def make(
         model: LanguageModel,
@@ -172,18 +181,26 @@ def make_batch() -> Callable[..., RolloutBatch]:
         max_new_tokens: int = 8,
         temperature: float = 0.7,
         seed: int = 0,
-        extra_width: int = 0,
     ) -> RolloutBatch:
-        out = decode(
-            model,
-            [prompt.ids for prompt in prompts],
-            max_new_tokens=max_new_tokens,
-            sampling=SamplingParams(temperature=temperature, seed=seed),
-            eos_token_id=model.config.eos_token_id,
-        )
+        def sample(eos: int | None) -> Completions:
+            return decode(
+                model,
+                [prompt.ids for prompt in prompts],
+                max_new_tokens=max_new_tokens,
+                sampling=SamplingParams(temperature=temperature, seed=seed),
+                eos_token_id=eos,
+            )
+
+        early = sample(None).token_ids[:, 1 : max_new_tokens - 2]
+        in_how_many_rows = {
+            token: int((early == token).any(1).sum()) for token in early.flatten().tolist()
+        }
+        half = len(prompts) / 2
+        out = sample(min(in_how_many_rows, key=lambda token: abs(in_how_many_rows[token] - half)))
+        assert 0 < int(out.has_eos.sum()) < len(prompts)
         width = min(max_new_tokens, out.token_ids.shape[1] + 1)
-        padding = (0, width - out.token_ids.shape[1] + extra_width)
-        mask = mask_of_lengths(out.lengths, width + extra_width)
+        padding = (0, width - out.token_ids.shape[1])
+        mask = mask_of_lengths(out.lengths, width)
         return RolloutBatch(
             prompts=out.prompts,
             prompt_lengths=out.prompt_lengths,

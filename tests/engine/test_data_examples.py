@@ -113,7 +113,7 @@ def test_prompt_template_surrounds_plain_prompts(tokenizer: Tokenizer) -> None:
     (prompt,), _ = load_prompts(
         [{"prompt": "doc", "id": 3}], tokenizer, max_prompt_length=99, prompt_template=template
     )
-    assert prompt.text == "Sum up: doc\nTL;DR:"
+    assert prompt.text == "doc"  # reward functions see the row's own text
     assert list(prompt.ids) == tokenizer.encode_prompt("Sum up: doc") + tokenizer.encode_text(
         "\nTL;DR:"
     )
@@ -143,7 +143,7 @@ def test_over_long_prompts_are_filtered_or_truncated(tokenizer: Tokenizer) -> No
     (cut, kept), counts = load_prompts(data, tokenizer, over_long="truncate", **options)
     assert counts == Counts(rows=2, kept=2, truncated=1)
     assert list(cut.ids) == tokenizer.encode_prompt("abc") + tokenizer.encode_text("\nTL;DR:")
-    assert cut.text == "abcdef\nTL;DR:"
+    assert cut.text == "abcdef"
     assert len(kept.ids) == 3 + tail
 
 

@@ -80,9 +80,9 @@ def test_greedy_equals_transformers_generate(
     lengths = [len(row) for row in ours.token_ids]
     assert min(lengths) < 16
     assert len(set(lengths)) > 1
-    assert [row[: len(short)] for row, short in zip(free.token_ids, ours.token_ids, strict=True)] == (
-        ours.token_ids
-    )
+    assert [
+        row[: len(short)] for row, short in zip(free.token_ids, ours.token_ids, strict=True)
+    ] == (ours.token_ids)
     assert compactions, "no row was ever dropped: the test does not reach compaction"
 
 

@@ -147,7 +147,7 @@ def test_rewards_of_tokens_are_counted(call: Callable[..., torch.Tensor]) -> Non
     with pytest.raises(RewardError, match=r"one number for each of the \d+ tokens") as caught:
         call(lambda completion_ids, **_: [[0.0] * len(completion_ids[0]), [1.0], [2.0]], True)
     assert "prompt (rows.jsonl:2): 'green'" in str(caught.value)
-    with pytest.raises(RewardError, match="got 1.0"):
+    with pytest.raises(RewardError, match=r"got 1\.0"):
         call(lambda **_: [1.0, 2.0, 3.0], True)
     with pytest.raises(RewardError, match="'x', not a number"):
         call(lambda completion_ids, **_: [["x"] * len(row) for row in completion_ids], True)

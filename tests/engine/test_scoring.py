@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fuserl.batch import RolloutBatch
+from fuserl.batch import RolloutBatch, ScoredBatch
 from fuserl.data.examples import Prompt
 from fuserl.model.heads import LanguageModel, ScalarModel
 from fuserl.scoring import score
@@ -39,7 +39,7 @@ def scored(
     reference: LanguageModel,
     critic: ScalarModel | None = None,
     microbatch_size: int = 4,
-) -> RolloutBatch:
+) -> ScoredBatch:
     return score(
         batch,
         prompts,
@@ -55,7 +55,6 @@ def test_the_sampling_policy_as_reference_gives_back_its_logprobs(
     batch: RolloutBatch, prompts: list[Prompt], model: LanguageModel
 ) -> None:
     found = scored(batch, prompts, torch.zeros(NUM), model)
-    assert found.ref_logprobs is not None
     assert not found.ref_logprobs.requires_grad
     torch.testing.assert_close(found.ref_logprobs, batch.logprobs, rtol=1e-5, atol=1e-5)
 
@@ -89,8 +88,6 @@ def test_a_bad_score_leaves_its_sequence_out(
     scores = torch.arange(1.0, NUM + 1)
     scores[2] = bad
     found = scored(batch, prompts, scores, model)
-    assert found.scores is not None
-    assert found.ref_logprobs is not None
     assert found.scores.tolist() == [1, 2, 0, 4, 5, 6]
     expected = batch.loss_mask.clone()
     expected[2] = False
@@ -106,5 +103,4 @@ def test_one_bad_score_of_a_token_leaves_the_sequence_out(
     scores[1, 0] = math.nan
     found = scored(batch, prompts, scores, model)
     assert found.loss_mask.any(1).tolist() == [True, False, True, True, True, True]
-    assert found.scores is not None
     assert found.scores.isfinite().all()

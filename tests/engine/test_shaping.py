@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fuserl.batch import RolloutBatch
+from fuserl.batch import RolloutBatch, ScoredBatch, ShapedBatch
 from fuserl.config import RLConfig
 from fuserl.shaping import shape
 
@@ -22,31 +22,29 @@ def config(algorithm: str = "ppo", **options: Any) -> RLConfig:
 
 
 @pytest.fixture
-def batch(batch_of: Callable[..., RolloutBatch]) -> RolloutBatch:
+def batch(batch_of: Callable[..., RolloutBatch]) -> ScoredBatch:
     made = batch_of(PROMPTS, COMPLETIONS, width=LIMIT)
     noise = torch.where(made.loss_mask, 0.3 * torch.randn(4, LIMIT), 0.0)
-    return dataclasses.replace(
-        made,
+    return ScoredBatch(
+        **made.fields(),
         scores=torch.tensor([1.0, 2.0, -3.0, 4.0]),
         ref_logprobs=made.logprobs + noise,
         values=torch.randn(4, LIMIT),
     )
 
 
-def exclude(batch: RolloutBatch, row: int) -> RolloutBatch:
+def exclude(batch: ScoredBatch, row: int) -> ScoredBatch:
     mask = batch.loss_mask.clone()
     mask[row] = False
     return dataclasses.replace(batch, loss_mask=mask)
 
 
-def fields(batch: RolloutBatch) -> dict[str, torch.Tensor]:
+def fields(batch: ShapedBatch) -> dict[str, torch.Tensor]:
     names = ("rewards", "kl", "value_mask", "advantages", "returns")
-    found = {name: getattr(batch, name) for name in names}
-    assert all(tensor is not None for tensor in found.values())
-    return found
+    return {name: getattr(batch, name) for name in names}
 
 
-def test_the_score_stands_one_slot_after_the_last_token(batch: RolloutBatch) -> None:
+def test_the_score_stands_one_slot_after_the_last_token(batch: ScoredBatch) -> None:
     found = fields(shape(batch, config(kl_coef=0.0)))
     expected = torch.zeros(4, LIMIT)
     expected[0, 3] = 1.0
@@ -58,16 +56,15 @@ def test_the_score_stands_one_slot_after_the_last_token(batch: RolloutBatch) -> 
     assert torch.equal(found["value_mask"], torch.arange(LIMIT) < slots[:, None])
 
 
-def test_a_missing_eos_replaces_the_score_by_the_penalty(batch: RolloutBatch) -> None:
+def test_a_missing_eos_replaces_the_score_by_the_penalty(batch: ScoredBatch) -> None:
     sums = fields(shape(batch, config(kl_coef=0.0, missing_eos_penalty=7.5)))["rewards"].sum(1)
     assert sums.tolist() == [1.0, -7.5, -3.0, -7.5]
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
-def test_the_kl_penalty_lowers_the_reward(estimator: str, batch: RolloutBatch) -> None:
+def test_the_kl_penalty_lowers_the_reward(estimator: str, batch: ScoredBatch) -> None:
     found = fields(shape(batch, config(kl_coef=0.5, kl_estimator=estimator)))
     without = fields(shape(batch, config(kl_coef=0.0)))
-    assert batch.ref_logprobs is not None
     d = (batch.logprobs - batch.ref_logprobs).double()
     kl = {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d, "abs": d.abs()}[estimator]
     kl = torch.where(batch.loss_mask, kl, 0).float()
@@ -87,7 +84,7 @@ def loop_gae(
     return advantages, [a + v for a, v in zip(advantages, values, strict=True)]
 
 
-def test_ppo_equals_gae_by_hand_whitened_with_biased_variance(batch: RolloutBatch) -> None:
+def test_ppo_equals_gae_by_hand_whitened_with_biased_variance(batch: ScoredBatch) -> None:
     found = fields(shape(batch, config(gamma=0.9, gae_lambda=0.8, kl_coef=0.1)))
     assert batch.values is not None
     flat = []
@@ -114,22 +111,22 @@ def loop_returns(rewards: list[float], gamma: float) -> list[float]:
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
-def test_reinforce_weighs_each_token_by_its_reward_to_go(
-    gamma: float, batch: RolloutBatch
-) -> None:
+def test_reinforce_weighs_each_token_by_its_reward_to_go(gamma: float, batch: ScoredBatch) -> None:
     found = fields(shape(batch, config("reinforce", gamma=gamma, kl_coef=0.1)))
     for i, completion in enumerate(COMPLETIONS):
         slots = min(len(completion) + 1, LIMIT)
         expected = loop_returns(found["rewards"][i, :slots].tolist(), gamma)
         own = found["advantages"][i]
-        torch.testing.assert_close(own[: len(completion)], torch.tensor(expected)[: len(completion)])
+        torch.testing.assert_close(
+            own[: len(completion)], torch.tensor(expected)[: len(completion)]
+        )
         assert (own[len(completion) :] == 0).all()
     if gamma == 1.0:
         whole = found["rewards"].sum(1)
         torch.testing.assert_close(found["advantages"][:, 0], whole)
 
 
-def test_the_baseline_is_the_mean_over_the_tokens(batch: RolloutBatch) -> None:
+def test_the_baseline_is_the_mean_over_the_tokens(batch: ScoredBatch) -> None:
     plain = fields(shape(batch, config("reinforce")))["advantages"]
     based = fields(shape(batch, config("reinforce_baseline")))["advantages"]
     mask = batch.loss_mask
@@ -140,7 +137,7 @@ def test_the_baseline_is_the_mean_over_the_tokens(batch: RolloutBatch) -> None:
 
 @pytest.mark.parametrize("algorithm", ["reinforce", "ppo"])
 def test_rewards_at_every_token_are_discounted_where_they_stand(
-    algorithm: str, batch: RolloutBatch
+    algorithm: str, batch: ScoredBatch
 ) -> None:
     """The last token's reward is its own, with no slot after it, and no EOS rule applies."""
     scores = torch.where(batch.loss_mask, torch.randn(4, LIMIT), 0.0)
@@ -161,7 +158,7 @@ def test_rewards_at_every_token_are_discounted_where_they_stand(
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "reinforce", "reinforce_baseline"])
-def test_padding_changes_nothing(algorithm: str, batch: RolloutBatch) -> None:
+def test_padding_changes_nothing(algorithm: str, batch: ScoredBatch) -> None:
     """A batch whose longest completion has room after it, and the same with wider padding."""
     batch = exclude(batch, 1).select(torch.tensor([0, 2, 3]))
     narrow = dataclasses.replace(
@@ -180,7 +177,7 @@ def test_padding_changes_nothing(algorithm: str, batch: RolloutBatch) -> None:
 @pytest.mark.parametrize("algorithm", ["ppo", "reinforce", "reinforce_baseline"])
 @pytest.mark.parametrize("whiten_rewards", [False, True])
 def test_a_sequence_left_out_is_as_if_it_were_not_there(
-    algorithm: str, whiten_rewards: bool, batch: RolloutBatch
+    algorithm: str, whiten_rewards: bool, batch: ScoredBatch
 ) -> None:
     options = config(algorithm, whiten_rewards=whiten_rewards)
     with_hole = fields(shape(exclude(batch, 2), options))
@@ -193,7 +190,7 @@ def test_a_sequence_left_out_is_as_if_it_were_not_there(
 @pytest.mark.parametrize("algorithm", ["ppo", "reinforce", "reinforce_baseline"])
 @pytest.mark.parametrize("whiten_rewards", [False, True])
 def test_a_batch_without_a_trained_token_is_all_zero(
-    algorithm: str, whiten_rewards: bool, batch: RolloutBatch
+    algorithm: str, whiten_rewards: bool, batch: ScoredBatch
 ) -> None:
     nothing = dataclasses.replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))
     found = shape(nothing, config(algorithm, whiten_rewards=whiten_rewards))
@@ -206,11 +203,11 @@ def test_equal_scores_and_a_single_sequence_give_no_nan(
     algorithm: str, batch_of: Callable[..., RolloutBatch]
 ) -> None:
     single = batch_of([[5]], [[2]], width=2)
-    single = dataclasses.replace(
-        single,
+    scored = ScoredBatch(
+        **single.fields(),
         scores=torch.tensor([3.0]),
         ref_logprobs=single.logprobs,
         values=torch.zeros(1, 2),
     )
-    advantages = fields(shape(single, config(algorithm, gae_lambda=0.95)))["advantages"]
+    advantages = fields(shape(scored, config(algorithm, gae_lambda=0.95)))["advantages"]
     assert advantages.tolist() == [[0.0, 0.0]]

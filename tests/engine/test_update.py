@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fuserl.batch import RolloutBatch
+from fuserl.batch import RolloutBatch, ShapedBatch
 from fuserl.config import RLConfig
 from fuserl.data.examples import Prompt
 from fuserl.model.heads import LanguageModel, ScalarModel
@@ -20,7 +20,7 @@ from fuserl.update import update
 
 NUM = 10
 ALGORITHMS = pytest.mark.parametrize("algorithm", ["ppo", "reinforce", "reinforce_baseline"])
-Ready = tuple[LanguageModel, ScalarModel | None, RolloutBatch]
+Ready = tuple[LanguageModel, ScalarModel | None, ShapedBatch]
 
 
 def config(algorithm: str, **options: Any) -> RLConfig:
@@ -41,21 +41,17 @@ def ready(
 ) -> Callable[..., Ready]:
     """Models and a shaped batch sampled by the policy; some rows end early, one is left out."""
 
-    def make(options: RLConfig, *, left_out: tuple[int, ...] = (3,), extra_width: int = 0) -> Ready:
+    def make(options: RLConfig, *, left_out: tuple[int, ...] = (3,)) -> Ready:
         policy = make_model(seed=1)
         critic = make_scalar_model(seed=2) if options.algorithm == "ppo" else None
         prompts = make_prompts(NUM)
         scores = torch.randn(NUM, generator=torch.Generator().manual_seed(5))
         scores[list(left_out)] = math.nan
-        batch = make_batch(
+        sampled = make_batch(
             policy, prompts, max_new_tokens=20, temperature=options.temperature, seed=2
         )
-        if extra_width:
-            width = batch.completions.shape[1]
-            assert width < 20 or extra_width, "nothing to widen"
-        assert 0 < int(batch.has_eos.sum()) < NUM
         batch = score(
-            batch,
+            sampled,
             prompts,
             reward=lambda *_: scores,
             reference=make_model(seed=8),
@@ -71,7 +67,7 @@ def ready(
 def after(
     policy: LanguageModel,
     critic: ScalarModel | None,
-    batch: RolloutBatch,
+    batch: ShapedBatch,
     options: RLConfig,
     seed: int = 0,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -97,7 +93,7 @@ def after(
 
 
 def gradients(
-    policy: LanguageModel, critic: ScalarModel | None, batch: RolloutBatch, options: RLConfig
+    policy: LanguageModel, critic: ScalarModel | None, batch: ShapedBatch, options: RLConfig
 ) -> dict[str, torch.Tensor]:
     """What one optimizer step is given, before clipping."""
     found: dict[str, torch.Tensor] = {}
@@ -151,9 +147,7 @@ def test_microbatches_change_nothing(
 
 
 @ALGORITHMS
-def test_the_order_of_the_rows_changes_nothing(
-    algorithm: str, ready: Callable[..., Ready]
-) -> None:
+def test_the_order_of_the_rows_changes_nothing(algorithm: str, ready: Callable[..., Ready]) -> None:
     options = config(algorithm, microbatch_size=4)
     policy, critic, batch = ready(options)
     shuffled = batch.select(torch.randperm(NUM))
@@ -218,7 +212,6 @@ def test_the_gradient_is_that_of_the_formula(ready: Callable[..., Ready]) -> Non
     """REINFORCE: - sum of advantage times log-probability over tokens, over their count."""
     options = config("reinforce", microbatch_size=3)
     policy, _, batch = ready(options)
-    assert batch.advantages is not None
     ours = gradients(policy, None, batch, options)
     model = copy.deepcopy(policy)
     total = torch.zeros(())
@@ -233,6 +226,31 @@ def test_the_gradient_is_that_of_the_formula(ready: Callable[..., Ready]) -> Non
     (total / batch.loss_mask.sum()).backward()
     theirs = {f"policy.{name}": p.grad for name, p in model.named_parameters()}
     assert_close(ours, theirs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("vf_coef", [0.1, 1.0])
+def test_the_critics_gradient_is_that_of_the_formula(
+    vf_coef: float, ready: Callable[..., Ready]
+) -> None:
+    """At the first update no value has moved, so nothing is clipped: half the squared error over
+    the value slots, the score's own among them."""
+    options = config("ppo", vf_coef=vf_coef, microbatch_size=3)
+    policy, critic, batch = ready(options)
+    ours = gradients(policy, critic, batch, options)
+    model = copy.deepcopy(critic)
+    assert model is not None
+    total = torch.zeros(())
+    for i in range(NUM):
+        prompt = batch.prompts[i, : batch.prompt_lengths[i]].tolist()
+        completion = batch.completions[i, : batch.completion_lengths[i]].tolist()
+        values = model.values(torch.tensor([prompt + completion]))[0]
+        for slot in batch.value_mask[i].nonzero().squeeze(1).tolist():
+            error = values[len(prompt) - 1 + slot] - batch.returns[i, slot]
+            total = total + 0.5 * error.square()
+    assert batch.value_mask.sum() > batch.loss_mask.sum()
+    (vf_coef * total / batch.value_mask.sum()).backward()
+    theirs = {f"critic.{name}": p.grad for name, p in model.named_parameters()}
+    assert_close({name: g for name, g in ours.items() if name.startswith("critic")}, theirs)  # type: ignore[arg-type]
 
 
 def test_minibatches_see_every_row_once_an_epoch(

@@ -54,9 +54,6 @@ class PromptTemplate:
         """Whether the prompt is the document alone."""
         return not (self.before or self.after)
 
-    def render(self, document: str) -> str:
-        return self.before + document + self.after
-
     def encode(self, documents: Sequence[str], tokenizer: Tokenizer) -> list[EncodedPrompt]:
         """The part up to the document's end and the part after it are encoded separately, so
         that a cut prompt has the same tail ids as a whole one."""

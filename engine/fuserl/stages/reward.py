@@ -145,7 +145,10 @@ class PairwiseLoss:
                 chosen.append(first + better)
                 rejected.append(first + worse)
             first += len(ranking.completions)
-        return fk.pairwise_loss(scores[chosen], scores[rejected], center_coef=self._center_coef)
+        loss, metrics = fk.pairwise_loss(
+            scores[chosen], scores[rejected], center_coef=self._center_coef
+        )
+        return loss, {name: value for name, value in metrics.items() if name != "num_pairs"}
 
     def scores(self, rankings: Sequence[Ranking]) -> Tensor:
         """One score a completion, [completions] fp32, in the rankings' order."""

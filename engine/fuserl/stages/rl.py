@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fuserl.algorithms import ALGORITHMS
-from fuserl.batch import RolloutBatch
+from fuserl.batch import RolloutBatch, ShapedBatch
 from fuserl.checkpoint import digest
 from fuserl.config import RLConfig
 from fuserl.data.batching import epoch_batches
@@ -122,12 +122,18 @@ class RLTrainer:
                 batch = shape(batch, config)
                 clock.lap("shape")
                 watched = observe(monitors, batch, chosen)  # before weights move: it may raise
-                clock.lap("monitors")
+                if monitors:
+                    clock.lap("monitors")
                 learned = update(
                     policy.model, critic, optimizer, batch, config, seed=config.seed + step
                 )
                 clock.lap("update")
-                metrics = {**describe(batch), **learned, **watched, **clock.metrics(batch)}
+                metrics: dict[str, float | Tensor] = {
+                    **describe(batch),
+                    **learned,
+                    **watched,
+                    **clock.metrics(batch),
+                }
                 run.log(step, metrics, show=("objective/scores", "objective/kl"))
             policy.save(run.out)
             if critic is not None:
@@ -223,7 +229,7 @@ def rollout(
     )
 
 
-def describe(batch: RolloutBatch) -> dict[str, Tensor]:
+def describe(batch: ShapedBatch) -> dict[str, Tensor]:
     """What one shaped batch says, under the names users know; KL and entropy are summed over a
     sequence and averaged over sequences, in nats. Sequences left out enter no mean but that of
     the lengths."""

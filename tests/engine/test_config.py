@@ -1,0 +1,134 @@
+"""Configurations refuse what cannot be and what makes no sense, with the reason, at once."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from fuserl.algorithms import ALGORITHMS, PRESETS
+from fuserl.config import (
+    DataConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    RewardConfig,
+    RLConfig,
+    SFTConfig,
+    TrainConfig,
+)
+
+TRAINING = [SFTConfig, RewardConfig, RLConfig]
+ALL = [*TRAINING, GenerateConfig, EvaluateConfig]
+
+
+def build(kind: type, **options: Any) -> Any:
+    given = {"model": "m", "data": "d"}
+    if issubclass(kind, TrainConfig):
+        given["out"] = "o"
+    return kind(**{**given, **options})
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_defaults_run(kind: type) -> None:
+    config = build(kind)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.model = "other"
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_every_field_says_what_it_is(kind: type) -> None:
+    """The text under a field is its help."""
+    import inspect
+
+    lines = "".join(inspect.getsource(base) for base in kind.__mro__[:-1]).splitlines()
+    for field in dataclasses.fields(kind):
+        index = next(i for i, line in enumerate(lines) if line.startswith(f"    {field.name}: "))
+        assert '"""' in lines[index + 1], field.name
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        *((kind, {"batch_size": 0}, "batch_size must be positive, got 0") for kind in ALL),
+        *((kind, {"over_long": "cut"}, r"over_long must be one of \('filter', ") for kind in ALL),
+        *((kind, {"learning_rate": 0.0}, "learning_rate must be positive") for kind in TRAINING),
+        *((kind, {"learning_rate": float("nan")}, "learning_rate must be") for kind in TRAINING),
+        *((kind, {"microbatch_size": -1}, "microbatch_size must be pos") for kind in TRAINING),
+        *((kind, {"max_grad_norm": 0.0}, "max_grad_norm must be positive") for kind in TRAINING),
+        *((kind, {"warmup_share": 1.0}, r"warmup_share must be in \[0, 1\)") for kind in TRAINING),
+        *((kind, {"save_every": -1}, "save_every must not be negative") for kind in TRAINING),
+        *((kind, {"schedule": "step"}, "schedule must be one of") for kind in TRAINING),
+        *(
+            (kind, {"resume": True, "overwrite": True}, "resume and overwrite exclude each other")
+            for kind in TRAINING
+        ),
+        (SFTConfig, {"max_length": 0}, "max_length must be positive"),
+        (SFTConfig, {"epochs": 0}, r"epochs \(0\) and lm_epochs \(0\)"),
+        (SFTConfig, {"epochs": -1, "lm_epochs": 2}, r"epochs \(-1\)"),
+        (RewardConfig, {"epochs": 0}, "epochs must be positive"),
+        (RewardConfig, {"validate_every": -1}, "validate_every must not be negative"),
+        (RLConfig, {"algorithm": "trpo"}, "algorithm must be one of .*'ppo'.* got 'trpo'"),
+        (RLConfig, {"preset": "mine"}, "preset must be one of"),
+        (RLConfig, {"reward_at": "word"}, "reward_at must be one of"),
+        (RLConfig, {"kl_estimator": "k9"}, "kl_estimator must be one of"),
+        (RLConfig, {"steps": 0}, "steps must be positive"),
+        (RLConfig, {"num_samples": 0}, "num_samples must be positive"),
+        (RLConfig, {"num_epochs": 0}, "num_epochs must be positive"),
+        (RLConfig, {"temperature": 0.0}, "temperature must be positive"),
+        (RLConfig, {"max_new_tokens": 0}, "max_new_tokens must be positive"),
+        (RLConfig, {"clip_range": 0.0}, "clip_range must be positive"),
+        (RLConfig, {"gamma": 1.5}, r"gamma must be in \[0, 1\], got 1.5"),
+        (RLConfig, {"gae_lambda": -0.1}, r"gae_lambda must be in \[0, 1\]"),
+        (
+            RLConfig,
+            {"batch_size": 2, "num_samples": 3, "num_minibatches": 7},
+            r"num_minibatches \(7\) exceeds the rollout's 6 sequences",
+        ),
+        (GenerateConfig, {"prompt": "p"}, "give either data or prompt"),
+        (GenerateConfig, {"data": None}, "give either data or prompt"),
+        (GenerateConfig, {"num_samples": 0}, "num_samples must be positive"),
+        (GenerateConfig, {"top_p": 2.0}, r"top_p must be in \(0, 1\]"),
+        (GenerateConfig, {"top_k": -1}, "top_k must not be negative"),
+        (EvaluateConfig, {"temperature": -1.0}, "temperature must not be negative"),
+        (EvaluateConfig, {"limit": 0}, "limit must be positive"),
+        (EvaluateConfig, {"max_new_tokens": 0}, "max_new_tokens must be positive"),
+    ],
+)
+def test_impossible_values_are_refused(
+    kind: type[DataConfig], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(kind, **options)
+
+
+@pytest.mark.parametrize("algorithm", ["reinforce", "reinforce_baseline"])
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ({"critic_model": "c"}, "it has no critic"),
+        ({"critic_learning_rate": 1e-3}, "it has no critic"),
+        ({"vf_coef": 0.5}, "it has no critic"),
+        ({"value_clip_range": 0.5}, "it has no critic"),
+        ({"gae_lambda": 0.9}, "it has no critic"),
+        ({"clip_range": 0.3}, "it does not clip"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    algorithm: str, option: dict[str, Any], reason: str
+) -> None:
+    build(RLConfig, **option)
+    [name] = option
+    with pytest.raises(ValueError, match=f"{name} makes no sense with {algorithm}: {reason}"):
+        build(RLConfig, algorithm=algorithm, **option)
+
+
+def test_the_eos_rule_is_of_whole_sequences() -> None:
+    build(RLConfig, missing_eos_penalty=2.0)
+    with pytest.raises(ValueError, match=r'missing_eos_penalty makes no sense with reward_at "tok'):
+        build(RLConfig, missing_eos_penalty=2.0, reward_at="token")
+
+
+def test_every_name_stands_for_something() -> None:
+    for algorithm in ALGORITHMS:
+        assert build(RLConfig, algorithm=algorithm).algorithm == algorithm
+    for preset in PRESETS:
+        assert build(RLConfig, preset=preset).preset == preset
