@@ -8,6 +8,7 @@ FUSERL_BUILD chooses what is compiled:
 """
 
 import os
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
@@ -24,8 +25,8 @@ def native_extensions() -> list:
 
     extension = Pybind11Extension(
         "fuserl_kernels._native",
-        ["csrc/bindings.cpp", "csrc/cpu/token_logprobs.cpp"],
-        depends=["csrc/cpu/token_logprobs.h"],
+        ["csrc/bindings.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))],
+        depends=sorted(str(path) for path in Path("csrc/cpu").glob("*.h")),
         cxx_std=17,
         extra_compile_args=["-O3", "-pthread"],
         extra_link_args=["-pthread"],
@@ -39,7 +40,7 @@ setup(
     name="fuserl",
     version="0.1.0",
     description="A custom-kernel RLHF engine: SFT, reward model and RL in one process",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages("engine") + find_packages("kernels"),

@@ -1,6 +1,5 @@
 """`fuserl evaluate`: what a policy or a reward model is worth on held-out rows."""
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +11,19 @@ from fuserl.config import EvaluateConfig
 from fuserl.data.examples import PromptCompletion, Ranking, load_completions, load_rankings
 from fuserl.data.rows import read_rows
 from fuserl.device import default_device
-from fuserl.model.config import SMALL_NAMES, small_config
-from fuserl.model.folder import FolderNotes, is_reward_model, load_scalar_model, resolve_folder
-from fuserl.model.heads import LanguageModel, ScalarModel
-from fuserl.policy import Policy, load_policy
+from fuserl.model.config import SMALL_NAMES
+from fuserl.model.folder import is_reward_model, load_scalar_model, resolve_folder
+from fuserl.model.heads import ScalarModel
+from fuserl.policy import Policy
 from fuserl.rouge import rouge_l
-from fuserl.stages.opening import loading, open_notes, open_tokenizer, tell
+from fuserl.stages.opening import (
+    loading,
+    open_notes,
+    open_policy,
+    open_tokenizer,
+    tell,
+    untrained_policy,
+)
 from fuserl.stages.reward import PairwiseLoss
 from fuserl.stages.sft import CompletionLoss
 from fuserl.stages.supervised import evaluate_on
@@ -142,22 +148,12 @@ def _policy(config: EvaluateConfig) -> Policy:
     if config.model not in SMALL_NAMES:
         if config.tokenizer is not None:
             raise ValueError(f"tokenizer is for untrained weights: {config.model} has its own")
-        folder = resolve_folder(config.model)
-        policy = load_policy(folder, device=config.device)
-        policy.tokenizer = open_tokenizer(folder, config)
-        policy.notes = open_notes(folder, config)
-        return policy
+        return open_policy(config)
     if config.tokenizer is None:
         raise ValueError(f"model {config.model!r} is untrained weights: say whose --tokenizer")
     folder = resolve_folder(config.tokenizer)
     tokenizer = open_tokenizer(folder, config)
-    sizes = dataclasses.replace(
-        small_config(config.model, tokenizer.vocab_size), eos_token_id=tokenizer.eos_token_id
-    )
-    model = LanguageModel(sizes)
-    model.initialize(config.seed)
-    notes: FolderNotes = open_notes(folder, config)
-    return Policy(model.to(default_device(config.device)), tokenizer, notes, config.model)
+    return untrained_policy(config, tokenizer, open_notes(folder, config))
 
 
 @torch.no_grad()

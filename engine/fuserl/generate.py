@@ -10,17 +10,12 @@ from tqdm import tqdm
 
 from fuserl.config import GenerateConfig
 from fuserl.data.examples import load_prompts
-from fuserl.model.folder import resolve_folder
-from fuserl.policy import load_policy
-from fuserl.stages.opening import loading, open_notes, open_tokenizer, room_for_prompts, tell
+from fuserl.stages.opening import loading, open_policy, room_for_prompts, tell
 
 
 def run_generate(config: GenerateConfig) -> None:
     """Write one line a completion: {"prompt", "completion", "token_ids", "logprobs"}."""
-    folder = resolve_folder(config.model)
-    policy = load_policy(folder, device=config.device)
-    policy.tokenizer = open_tokenizer(folder, config)
-    policy.notes = open_notes(folder, config)
+    policy = open_policy(config)
     source = config.data if config.data is not None else [{"prompt": config.prompt}]
     room = room_for_prompts(policy.model.config, config.max_new_tokens)
     prompts, counts = load_prompts(

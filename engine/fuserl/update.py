@@ -16,6 +16,17 @@ from fuserl.model.heads import LanguageModel, ScalarModel
 from fuserl.optimizer import Optimizer
 from fuserl.sequences import completion_states, completion_values, join
 
+LOGGED_AS = {
+    "policy/loss": "loss/policy_avg",
+    "policy/approxkl": "policy/approxkl_avg",
+    "policy/clipfrac": "policy/clipfrac_avg",
+    "entropy": "policy/entropy_avg",
+    "value/loss": "loss/value_avg",
+    "value/clipfrac": "val/clipfrac_avg",
+    "value/explained_variance": "val/explained_variance",
+}
+"""The losses' metrics under the names the field logs them by."""
+
 
 def update(
     policy: LanguageModel,
@@ -38,7 +49,8 @@ def update(
     for _ in range(num_epochs):
         order = torch.randperm(len(batch), generator=generator)
         for rows in order.tensor_split(config.num_minibatches):
-            step = _step(policy, critic, optimizer, batch.select(rows), config)
+            found = _step(policy, critic, optimizer, batch.select(rows), config)
+            step = {LOGGED_AS.get(name, name): value for name, value in found.items()}
             first = first or {f"first/{name}": value for name, value in step.items()}
             totals.add(step, weight=1.0)
     return {**totals.mean(), **first}

@@ -126,8 +126,8 @@ def test_the_first_ratio_is_one(algorithm: str, ready: Callable[..., Ready]) -> 
     _, metrics = after(*ready(options), options)
     assert metrics["first/val/ratio"].item() == pytest.approx(1.0, abs=1e-5)
     assert metrics["first/val/ratio_var"].item() == pytest.approx(0.0, abs=1e-9)
-    assert metrics["first/policy/clipfrac"].item() == 0.0
-    assert metrics["first/policy/approxkl"].item() == pytest.approx(0.0, abs=1e-9)
+    assert metrics["first/policy/clipfrac_avg"].item() == 0.0
+    assert metrics["first/policy/approxkl_avg"].item() == pytest.approx(0.0, abs=1e-9)
     assert metrics["val/ratio_var"].item() > 1e-6, "the weights moved after the first step"
 
 
@@ -140,9 +140,15 @@ def test_microbatches_change_nothing(
     cut = config(algorithm, microbatch_size=microbatch_size)
     state = ready(whole)
     assert_close(gradients(*state, whole), gradients(*state, cut))
-    names = ("policy/loss", "val/ratio", "policy/approxkl", "entropy", "grad_norm/policy")
+    names = (
+        "loss/policy_avg",
+        "val/ratio",
+        "policy/approxkl_avg",
+        "policy/entropy_avg",
+        "grad_norm/policy",
+    )
     (_, ours), (_, theirs) = after(*state, whole), after(*state, cut)
-    for name in names + (("value/loss",) if algorithm == "ppo" else ()):
+    for name in names + (("loss/value_avg",) if algorithm == "ppo" else ()):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
@@ -202,7 +208,7 @@ def test_no_trained_token_means_no_loss_and_no_gradient(
     for name, gradient in gradients(policy, critic, batch, options).items():
         assert (gradient == 0).all(), name
     weights, metrics = after(policy, critic, batch, options)
-    assert metrics["policy/loss"].item() == 0.0
+    assert metrics["loss/policy_avg"].item() == 0.0
     assert all(value.isfinite() for value in metrics.values())
     for name, tensor in policy.state_dict().items():
         assert torch.equal(weights[f"policy.{name}"], tensor), name
@@ -282,5 +288,5 @@ def test_an_entropy_bonus_raises_the_entropy(ready: Callable[..., Ready]) -> Non
     for coef in (0.0, 1.0):
         options = config("reinforce", num_epochs=4, entropy_coef=coef)
         _, metrics = after(*ready(options), options)
-        entropies.append(metrics["entropy"].item())
+        entropies.append(metrics["policy/entropy_avg"].item())
     assert entropies[1] > entropies[0] + 1e-3

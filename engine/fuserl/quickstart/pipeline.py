@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fuserl.checkpoint import Checkpoint
 from fuserl.config import QuickstartConfig
 from fuserl.policy import Policy, load_policy
 from fuserl.quickstart.corpus import gold_scores, make_rows
@@ -46,7 +47,7 @@ def run_quickstart(config: QuickstartConfig) -> None:
 
     def options(stage: str) -> dict[str, Any]:
         folder = out / stage
-        begun = (folder / "summary.json").exists() or (folder / "checkpoint").exists()
+        begun = (folder / "summary.json").exists() or Checkpoint(folder).exists()
         resume = config.resume and begun
         return {"out": folder, "seed": config.seed, "resume": resume, "overwrite": not resume}
 

@@ -4,12 +4,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fuserl.config import DataConfig
 from fuserl.data.counts import Counts
 from fuserl.device import default_device
-from fuserl.model.config import DecoderConfig
+from fuserl.model.config import DecoderConfig, small_config
 from fuserl.model.folder import FolderNotes, read_notes
-from fuserl.policy import Policy
+from fuserl.model.heads import LanguageModel
+from fuserl.policy import Policy, load_policy
 from fuserl.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -35,8 +38,11 @@ def open_notes(folder: Path | None, config: DataConfig) -> FolderNotes:
     return dataclasses.replace(notes, prompt_template=config.prompt_template)
 
 
-def with_options(policy: Policy, config: DataConfig) -> Policy:
-    """A policy that is handed over, with the templates asked for."""
+def open_policy(
+    config: DataConfig, given: Policy | None = None, *, dtype: torch.dtype | None = None
+) -> Policy:
+    """The policy of config.model, or one that is handed over, with the templates asked for."""
+    policy = given or load_policy(config.model, device=config.device, dtype=dtype)
     if policy.tokenizer is None:
         raise ValueError(f"{policy.source} has no tokenizer, and the rows are text")
     device = policy.model.device
@@ -46,6 +52,19 @@ def with_options(policy: Policy, config: DataConfig) -> Policy:
     if config.prompt_template is not None:
         policy.notes = dataclasses.replace(policy.notes, prompt_template=config.prompt_template)
     return policy
+
+
+def untrained_policy(config: DataConfig, tokenizer: Tokenizer, notes: FolderNotes) -> Policy:
+    """The named small configuration config.model with random weights, for this tokenizer."""
+    sizes = dataclasses.replace(
+        small_config(config.model, tokenizer.vocab_size),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LanguageModel(sizes)
+    model.initialize(config.seed)
+    return Policy(model.to(default_device(config.device)), tokenizer, notes, config.model)
 
 
 def room_for_prompts(model: DecoderConfig, max_new_tokens: int) -> int:

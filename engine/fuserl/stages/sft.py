@@ -13,21 +13,19 @@ from fuserl.data.batching import pad_rows
 from fuserl.data.examples import PromptCompletion, load_completions
 from fuserl.data.formats import training_texts
 from fuserl.data.rows import Source, read_rows, source_name
-from fuserl.device import default_device
 from fuserl.model.config import SMALL_NAMES, small_config
-from fuserl.model.folder import resolve_folder
 from fuserl.model.heads import LanguageModel
 from fuserl.optimizer import Optimizer
-from fuserl.policy import Policy, load_policy
+from fuserl.policy import Policy
 from fuserl.run import Run, prepare_folder
 from fuserl.sequences import completion_logprobs, join, mask_of_lengths
 from fuserl.stages.opening import (
     loading,
     open_notes,
-    open_tokenizer,
+    open_policy,
     tell,
+    untrained_policy,
     with_chat_template,
-    with_options,
 )
 from fuserl.stages.supervised import evaluate_on, plan_epochs, train_on
 from fuserl.tokenizer import train_tokenizer
@@ -98,13 +96,7 @@ class SFTTrainer:
             return _from_scratch(config, self._data)
         if config.vocab_size is not None:
             raise ValueError("vocab_size is for a model from scratch: this one brings its own")
-        if self._given is not None:
-            return with_options(self._given, config)
-        folder = resolve_folder(config.model)
-        policy = load_policy(folder, device=config.device, dtype=torch.float32)
-        policy.tokenizer = open_tokenizer(folder, config)
-        policy.notes = open_notes(folder, config)
-        return policy
+        return open_policy(config, self._given, dtype=torch.float32)
 
     def _load(self, source: Source, policy: Policy, name: str) -> list[PromptCompletion]:
         config = self.config
@@ -157,17 +149,7 @@ def _whole_text(example: PromptCompletion) -> PromptCompletion:
 def _from_scratch(config: SFTConfig, data: Source) -> Policy:
     """A small model with random weights, and a tokenizer trained on the rows' text."""
     notes = open_notes(None, config)
-    sizes = small_config(config.model, config.vocab_size)
+    vocab_size = small_config(config.model, config.vocab_size).vocab_size
     rows, _ = read_rows(data, skip_bad_rows=config.skip_bad_rows)
-    tokenizer = train_tokenizer(training_texts(rows, notes.prompt_template), sizes.vocab_size)
-    tokenizer = with_chat_template(tokenizer, config)
-    sizes = dataclasses.replace(
-        sizes,
-        vocab_size=tokenizer.vocab_size,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LanguageModel(sizes)
-    model.initialize(config.seed)
-    return Policy(model.to(default_device(config.device)), tokenizer, notes, config.model)
+    tokenizer = train_tokenizer(training_texts(rows, notes.prompt_template), vocab_size)
+    return untrained_policy(config, with_chat_template(tokenizer, config), notes)

@@ -1,0 +1,75 @@
+"""What is logged of a step of RL: objective, time by phase, and the run's summary."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuserl.batch import RolloutBatch, ShapedBatch
+from fuserl.metrics import read_metrics
+
+
+def describe(batch: ShapedBatch) -> dict[str, Tensor]:
+    """What one shaped batch says, under the names users know; KL and entropy are summed over a
+    sequence and averaged over sequences, in nats. Sequences left out enter no mean but that of
+    the lengths."""
+    included = batch.loss_mask.any(1)
+
+    def mean(of_sequence: Tensor) -> Tensor:
+        return torch.where(included, of_sequence, 0).sum() / included.sum().clamp(min=1)
+
+    return {
+        "objective/scores": mean(batch.scores if batch.scores.ndim == 1 else batch.scores.sum(1)),
+        "objective/kl": mean(batch.kl.sum(1)),
+        "objective/entropy": mean(-batch.logprobs.sum(1)),
+        "objective/rlhf_reward": mean(batch.rewards.sum(1)),
+        "objective/completion_length": batch.completion_lengths.float().mean(),
+        "objective/excluded": (~included).sum(),
+        "val/num_eos_tokens": batch.has_eos.sum(),
+    }
+
+
+class Clock:
+    """Seconds and tokens per second of each phase of a step."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def lap(self, phase: str) -> Iterator[None]:
+        """Time what is inside; work it queued on a GPU counts too."""
+        began = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._seconds[phase] = time.perf_counter() - began
+
+    def metrics(self, batch: RolloutBatch) -> dict[str, float | Tensor]:
+        """Tokens are the completions': what the step is for."""
+        num_tokens = int(batch.completion_lengths.sum())
+        metrics: dict[str, float | Tensor] = {
+            f"seconds/{phase}": seconds for phase, seconds in self._seconds.items()
+        }
+        for phase, seconds in self._seconds.items():
+            metrics[f"throughput/{phase}_tokens_per_second"] = num_tokens / seconds
+        return metrics
+
+
+def summarize(metrics_file: Path) -> dict[str, float]:
+    """Means over the first and the last tenth of the steps."""
+    lines = [line for line in read_metrics(metrics_file) if line["stage"] == "rl"]
+    tenth = max(1, len(lines) // 10)
+
+    def mean(name: str, part: Sequence[Mapping[str, Any]]) -> float:
+        return sum(line[name] for line in part) / len(part)
+
+    return {
+        "scores_first": mean("objective/scores", lines[:tenth]),
+        "scores_last": mean("objective/scores", lines[-tenth:]),
+        "kl": mean("objective/kl", lines[-tenth:]),
+        "rollout_tokens_per_second": mean("throughput/rollout_tokens_per_second", lines),
+    }

@@ -1,0 +1,81 @@
+"""The models beside the policy: the reward's and the critic."""
+
+import copy
+from pathlib import Path
+
+import torch
+
+from fuserl.algorithms import ALGORITHMS
+from fuserl.config import RLConfig
+from fuserl.model.folder import load_scalar_model, resolve_folder, save_model, write_notes
+from fuserl.model.heads import LanguageModel, ScalarModel
+from fuserl.policy import Policy
+from fuserl.rewards import FunctionReward, ModelReward, Reward, RewardFunction
+from fuserl.tokenizer import load_tokenizer
+
+
+def load_reward_and_critic(
+    config: RLConfig, source: str | Path | RewardFunction, policy: Policy
+) -> tuple[Reward, ScalarModel | None]:
+    """source: a reward model's folder, or a function. The critic starts from critic_model,
+    else the reward model, else the policy; None for an algorithm without one."""
+    at_tokens = config.reward_at == "token"
+    device = policy.model.device
+    scorer: ScalarModel | None = None
+    if callable(source):
+        reward: Reward = FunctionReward(source, policy.tokenizer, at_tokens=at_tokens)
+    else:
+        scorer = _trained_scorer(resolve_folder(source), policy, device)
+        reward = ModelReward(
+            scorer.requires_grad_(False),
+            microbatch_size=config.microbatch_size,
+            at_tokens=at_tokens,
+        )
+    if not ALGORITHMS[config.algorithm].has_critic:
+        return reward, None
+    if config.critic_model is not None:
+        folder = resolve_folder(config.critic_model)
+        critic, _ = load_scalar_model(folder, device=device, head_seed=config.seed)
+        _check_same_ids(critic, folder, policy, "critic")
+        return reward, critic
+    if scorer is not None:
+        return reward, copy.deepcopy(scorer).requires_grad_(True)
+    return reward, _critic_on_trunk(policy.model, config.seed)
+
+
+def _trained_scorer(folder: Path, policy: Policy, device: torch.device) -> ScalarModel:
+    """A reward model that reads the policy's token ids as they are."""
+    model, head_is_new = load_scalar_model(folder, device=device)
+    if head_is_new:
+        raise ValueError(f"{folder} is no reward model: it has no score.weight")
+    _check_same_ids(model, folder, policy, "reward model")
+    return model
+
+
+def _check_same_ids(model: ScalarModel, folder: Path, policy: Policy, name: str) -> None:
+    """Refuse a model that would read other tokens out of the policy's ids."""
+    tokenizer = load_tokenizer(folder)
+    if tokenizer and policy.tokenizer and not tokenizer.same_ids(policy.tokenizer):
+        raise ValueError(
+            f"the {name} {folder} has another tokenizer than the policy {policy.source}: "
+            "train it from the policy's folder"
+        )
+    if model.config.vocab_size < policy.model.config.vocab_size:
+        raise ValueError(
+            f"the {name} {folder} has vocab_size {model.config.vocab_size}, and the policy "
+            f"{policy.source} {policy.model.config.vocab_size}: it may sample ids beyond it"
+        )
+
+
+def _critic_on_trunk(model: LanguageModel, seed: int) -> ScalarModel:
+    critic = ScalarModel(model.config).to(model.device)
+    critic.model.load_state_dict(model.model.state_dict())
+    critic.initialize_head(seed)
+    return critic
+
+
+def save_critic(critic: ScalarModel, policy: Policy, folder: Path) -> None:
+    save_model(critic, folder)
+    if policy.tokenizer:
+        policy.tokenizer.save(folder)
+    write_notes(policy.notes, folder)
