@@ -72,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
         return EXIT_CODE
+    except KeyboardInterrupt:  # before the first step or after the last, or the second Ctrl-C
+        print("\ninterrupted; what was finished or saved before is as it was", file=sys.stderr)
+        return EXIT_CODE
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"fuserl {name}: {error}", file=sys.stderr)
         return 1

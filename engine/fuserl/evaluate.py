@@ -81,10 +81,10 @@ def evaluate_policy(config: EvaluateConfig) -> tuple[dict[str, Any], list[dict[s
     """Loss of the rows' completions, ROUGE-L of the policy's against them, and with a reward
     model its scores of both: the policy wins a row where its completion scores higher."""
     policy = _policy(config)
-    assert policy.tokenizer is not None
+    tokenizer = policy.text_tokenizer
     examples, counts = load_completions(
         _rows(config),
-        policy.tokenizer,
+        tokenizer,
         max_length=min(config.max_length, policy.model.config.max_positions),
         **loading(config, policy.notes),
     )
@@ -100,9 +100,9 @@ def evaluate_policy(config: EvaluateConfig) -> tuple[dict[str, Any], list[dict[s
         seed=config.seed,
         batch_size=config.batch_size,
     )
-    assert out.texts is not None
-    references = [policy.tokenizer.decode(example.completion_ids) for example in examples]
-    rouge = rouge_l(out.texts, references)
+    texts = [tokenizer.decode(token_ids) for token_ids in out.token_ids]
+    references = [tokenizer.decode(example.completion_ids) for example in examples]
+    rouge = rouge_l(texts, references)
     result: dict[str, Any] = {
         "model": config.model,
         "data": config.data,
@@ -114,13 +114,13 @@ def evaluate_policy(config: EvaluateConfig) -> tuple[dict[str, Any], list[dict[s
     }
     lines = [
         {
-            "prompt": policy.tokenizer.decode(example.prompt_ids),
+            "prompt": tokenizer.decode(example.prompt_ids),
             "completion": text,
             "reference": reference,
             "rouge_l": score,
         }
         for example, text, reference, score in zip(
-            examples, out.texts, references, rouge, strict=True
+            examples, texts, references, rouge, strict=True
         )
     ]
     if config.reward_model is not None:
@@ -165,12 +165,11 @@ def _judge(
 ) -> tuple[list[float], list[float]]:
     """The reward model's scores of the policy's completions and of the rows' own."""
     assert config.reward_model is not None
-    assert policy.tokenizer is not None
     folder = resolve_folder(config.reward_model)
     model, head_is_new = load_scalar_model(folder, device=default_device(config.device))
     if head_is_new:
         raise ValueError(f"{folder} is no reward model: it has no score.weight")
-    if not open_tokenizer(folder, config).same_ids(policy.tokenizer):
+    if not open_tokenizer(folder, config).same_ids(policy.text_tokenizer):
         raise ValueError(f"the reward model {folder} has another tokenizer than {config.model}")
     pairs = [
         Ranking(example.prompt_ids, (tuple(ours), example.completion_ids), example.where)

@@ -20,7 +20,7 @@ def run_generate(config: GenerateConfig) -> None:
     room = room_for_prompts(policy.model.config, config.max_new_tokens)
     prompts, counts = load_prompts(
         source,
-        policy.tokenizer,
+        policy.text_tokenizer,
         max_prompt_length=min(config.max_prompt_length, room),
         **loading(config, policy.notes),
     )
@@ -50,7 +50,7 @@ def run_generate(config: GenerateConfig) -> None:
             ):
                 line = {
                     "prompt": part[i // config.num_samples].text,
-                    "completion": policy.tokenizer.decode(token_ids),
+                    "completion": policy.text_tokenizer.decode(token_ids),
                     "token_ids": token_ids,
                     "logprobs": logprobs,
                 }

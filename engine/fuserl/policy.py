@@ -52,6 +52,13 @@ class Policy:
         """The tokenizer's, else the model configuration's."""
         return self.tokenizer.eos_token_id if self.tokenizer else self.model.config.eos_token_id
 
+    @property
+    def text_tokenizer(self) -> Tokenizer:
+        """The tokenizer, for work that is text; ValueError for a policy without one."""
+        if self.tokenizer is None:
+            raise ValueError(f"{self.source} has no tokenizer files, and the rows are text")
+        return self.tokenizer
+
     def encode(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
         """Token ids of texts put into the prompt template; token ids pass as they are."""
         if isinstance(prompts, str):

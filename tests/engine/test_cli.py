@@ -209,3 +209,14 @@ def test_the_stages_by_command(
     assert "reward_model is missing" in capsys.readouterr().err
     assert cli.main(["sft", "--model=nowhere", f"--data={data}", f"--out={tmp_path / 'x'}"]) == 1
     assert "no model 'nowhere'" in capsys.readouterr().err
+
+
+def test_ctrl_c_outside_a_run_ends_with_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(function: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_load", interrupt)
+    assert cli.main(["doctor"]) == EXIT_CODE
+    assert "interrupted" in capsys.readouterr().err

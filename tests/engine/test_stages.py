@@ -647,7 +647,7 @@ def test_a_policy_without_a_tokenizer_cannot_read_rows(
     policy = make_policy()
     policy.tokenizer = None
     key = "policy" if stage == "rl" else "model"
-    with pytest.raises(ValueError, match="made has no tokenizer, and the rows are text"):
+    with pytest.raises(ValueError, match="made has no tokenizer files, and the rows are text"):
         stages[stage](out=tmp_path, **{key: policy})
 
 

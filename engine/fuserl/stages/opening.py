@@ -43,12 +43,10 @@ def open_policy(
 ) -> Policy:
     """The policy of config.model, or one that is handed over, with the templates asked for."""
     policy = given or load_policy(config.model, device=config.device, dtype=dtype)
-    if policy.tokenizer is None:
-        raise ValueError(f"{policy.source} has no tokenizer, and the rows are text")
     device = policy.model.device
     if config.device is not None and default_device(config.device) != device:
         raise ValueError(f"device {config.device!r} was asked for, but the policy is on {device}")
-    policy.tokenizer = with_chat_template(policy.tokenizer, config)
+    policy.tokenizer = with_chat_template(policy.text_tokenizer, config)
     if config.prompt_template is not None:
         policy.notes = dataclasses.replace(policy.notes, prompt_template=config.prompt_template)
     return policy

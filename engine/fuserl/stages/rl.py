@@ -148,12 +148,10 @@ class RLTrainer:
 
     def _prompts(self, policy: Policy) -> list[Prompt]:
         config = self.config
-        if policy.tokenizer is None:
-            raise ValueError(f"{config.model} has no tokenizer files, and the rows are text")
         room = room_for_prompts(policy.model.config, config.max_new_tokens)
         prompts, counts = load_prompts(
             self._data,
-            policy.tokenizer,
+            policy.text_tokenizer,
             max_prompt_length=min(config.max_prompt_length, room),
             **loading(config, policy.notes),
         )

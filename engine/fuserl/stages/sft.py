@@ -100,10 +100,9 @@ class SFTTrainer:
 
     def _load(self, source: Source, policy: Policy, name: str) -> list[PromptCompletion]:
         config = self.config
-        assert policy.tokenizer is not None
         examples, counts = load_completions(
             source,
-            policy.tokenizer,
+            policy.text_tokenizer,
             max_length=min(config.max_length, policy.model.config.max_positions),
             **loading(config, policy.notes),
         )
