@@ -61,8 +61,6 @@ setup(
         "tyro>=1.0,<2",
     ],
     extras_require={
-        "gpu": ["triton>=3.6,<3.10; platform_system == 'Linux'"],
-        "flash-attn": ["flash-attn>=2.8"],
         "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100"],
         "lint": ["ruff", "mypy", "types-PyYAML"],
     },

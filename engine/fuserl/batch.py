@@ -62,6 +62,7 @@ class ScoredBatch(RolloutBatch):
 class ShapedBatch(ScoredBatch):
     """What the update learns from."""
 
+    applied_scores: Tensor  # [B] fp32, as they entered the rewards: after the missing-EOS rule
     rewards: Tensor  # [B, T] fp32, score and KL penalty
     kl: Tensor  # [B, T] fp32
     value_mask: Tensor  # [B, T] bool, loss_mask and the score's slot

@@ -9,8 +9,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fuserl.optimizer import Optimizer
+from fuserl.tokenizer import Tokenizer
 
 
 class Checkpoint:
@@ -81,6 +85,21 @@ def digest(module: nn.Module) -> str:
         hashed.update(name.encode())
         hashed.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return hashed.hexdigest()
+
+
+def digest_ids(rows: Iterable[Sequence[Sequence[int]]]) -> str:
+    """SHA-256 of rows of token ids, such as (prompt, completion); where each ends counts too."""
+    hashed = hashlib.sha256()
+    for row in rows:
+        hashed.update(array("q", [len(row), *map(len, row), *chain.from_iterable(row)]))
+    return hashed.hexdigest()
+
+
+def digest_tokenizer(tokenizer: Tokenizer) -> str:
+    """SHA-256 of the vocabulary and rules that saving it writes."""
+    with TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        return hashlib.sha256((Path(folder) / "tokenizer.json").read_bytes()).hexdigest()
 
 
 def _save(tensors: Mapping[str, Any], path: Path) -> None:

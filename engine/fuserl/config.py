@@ -6,6 +6,7 @@ Nothing here imports torch: `fuserl --help` reads this file alone.
 from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_origin, get_type_hints
 
+from fuserl.algorithms import ALGORITHMS
 from fuserl.rollout.sampling import SamplingParams
 
 
@@ -13,6 +14,11 @@ def _require_positive(config: object, *names: str) -> None:
     for name in names:
         if not getattr(config, name) > 0:  # NaN too is refused
             raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
+
+
+def _refuse_resume_and_overwrite(resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise ValueError("resume and overwrite exclude each other: go on, or start again?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +61,9 @@ class TrainConfig(DataConfig):
     out: str
     """Folder for the trained model, metrics.jsonl, summary.json and the checkpoint."""
     resume: bool = False
-    """Go on from the checkpoint in --out, with the same options as before."""
+    """Go on with the run in --out, with the same options, data and models as before."""
     overwrite: bool = False
-    """Replace whatever --out holds."""
+    """Lose the run or model that --out holds. Files that are none of ours stay."""
     microbatch_size: int = 32
     """Rows of one forward and backward; it changes memory, never the result."""
     learning_rate: float = 1e-4
@@ -69,17 +75,18 @@ class TrainConfig(DataConfig):
     weight_decay: float = 0.0
     """Decoupled weight decay, on matrices only."""
     max_grad_norm: float = 1.0
-    """The gradient is scaled down to this norm."""
+    """The gradient of each model is scaled down to this norm (0: never, as in n+)."""
     save_every: int = 200
     """Steps between checkpoints (0: only when interrupted)."""
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
-        _require_positive(self, "microbatch_size", "learning_rate", "max_grad_norm")
+        _require_positive(self, "microbatch_size", "learning_rate")
+        if not self.max_grad_norm >= 0:
+            raise ValueError(f"max_grad_norm must not be negative, got {self.max_grad_norm}")
         if not 0 <= self.warmup_share < 1:
             raise ValueError(f"warmup_share must be in [0, 1), got {self.warmup_share}")
-        if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite exclude each other: go on, or start again?")
+        _refuse_resume_and_overwrite(self.resume, self.overwrite)
         if self.save_every < 0:
             raise ValueError(f"save_every must not be negative, got {self.save_every}")
 
@@ -222,6 +229,11 @@ class RLConfig(TrainConfig):
         if self.reward_at == "token":
             self._refuse('with reward_at "token": it is of whole sequences', "missing_eos_penalty")
 
+    @property
+    def passes(self) -> int:
+        """Passes over each rollout, the algorithm's own number unless num_epochs says."""
+        return self.num_epochs or ALGORITHMS[self.algorithm].num_epochs
+
     def _refuse(self, reason: str, *names: str) -> None:
         """Options that were set although they would do nothing."""
         defaults = {field.name: field.default for field in fields(self)}
@@ -270,22 +282,25 @@ class EvaluateConfig(DataConfig):
     """Measure a folder on held-out rows.
 
     A policy on prompts with completions: loss, ROUGE-L of its completions, and with a reward
-    model their score and win rate against the rows' own. A reward model on pairs or rankings:
-    accuracy.
+    model their score and win rate against the rows' own. Against another policy: the gains, and
+    the KL divergence from it. A reward model on pairs or rankings: accuracy.
     """
 
     reward_model: str | None = None
     """Folder of a reward model that judges the completions."""
+    against: str | None = None
+    """Another policy, measured on the same rows: a folder, a hub id, or tiny, small or medium
+    (untrained weights with the model's tokenizer)."""
     tokenizer: str | None = None
-    """Folder whose tokenizer an untrained model takes."""
+    """Folder whose tokenizer an untrained model takes. Default: that of --against."""
     out: str | None = None
-    """JSON file for the result (completions beside it as .jsonl); default: the screen."""
+    """JSON file for the result too (completions beside it as .completions.jsonl)."""
     max_new_tokens: int = 64
     """Limit of a completion, in tokens."""
     temperature: float = 0.0
     """0 is greedy."""
     limit: int | None = None
-    """Use the first rows only."""
+    """Use only the first of the rows that are kept."""
     max_length: int = 1024
     """Tokens of prompt and completion together."""
 
@@ -307,3 +322,8 @@ class QuickstartConfig:
     """Of the corpus and of every stage."""
     resume: bool = False
     """Go on with a run that was interrupted."""
+    overwrite: bool = False
+    """Lose the run that --out holds."""
+
+    def __post_init__(self) -> None:
+        _refuse_resume_and_overwrite(self.resume, self.overwrite)

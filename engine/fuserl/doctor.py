@@ -10,7 +10,7 @@ import fuserl_kernels  # noqa: F401 - registers the ops
 from fuserl_kernels import backend
 from fuserl_kernels.registration import tables
 
-_PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "flash-attn")
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
 def run_doctor() -> None:
@@ -68,12 +68,6 @@ def _advice() -> list[str]:
             "the compiled CPU kernels are missing: install a C++17 compiler (Debian: "
             "apt install g++) and install fuserl again; FUSERL_BUILD=require shows why it failed"
         )
-    if (
-        torch.cuda.is_available()
-        and torch.version.cuda
-        and _version("flash-attn") == "not installed"
-    ):
-        advice.append("attention: pip install flash-attn (needs nvcc)")
     if not torch.cuda.is_available():
         advice.append("everything: a CUDA GPU and a CUDA build of torch")
     return advice

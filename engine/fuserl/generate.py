@@ -24,9 +24,9 @@ def run_generate(config: GenerateConfig) -> None:
         max_prompt_length=min(config.max_prompt_length, room),
         **loading(config, policy.notes),
     )
+    tell("prompts", counts, file=sys.stderr)
     if config.out is not None:
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-        tell("prompts", counts)
     num_tokens, began = 0, time.perf_counter()
     bar = tqdm(total=len(prompts), desc="generate", unit="prompt", disable=config.out is None)
     screen = nullcontext(sys.stdout)

@@ -69,7 +69,7 @@ class Optimizer:
             group["lr"] = scale * group["peak"]
         norms = {
             f"grad_norm/{name}": nn.utils.clip_grad_norm_(
-                module.parameters(), self._config.max_grad_norm
+                module.parameters(), self._config.max_grad_norm or math.inf
             )
             for name, module in self._modules.items()
         }

@@ -56,7 +56,7 @@ class Policy:
     def text_tokenizer(self) -> Tokenizer:
         """The tokenizer, for work that is text; ValueError for a policy without one."""
         if self.tokenizer is None:
-            raise ValueError(f"{self.source} has no tokenizer files, and the rows are text")
+            raise no_tokenizer(self.source)
         return self.tokenizer
 
     def encode(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
@@ -175,6 +175,13 @@ class Policy:
         if self.tokenizer:
             self.tokenizer.save(Path(folder))
         write_notes(self.notes, Path(folder))
+
+
+def no_tokenizer(source: str | Path) -> ValueError:
+    return ValueError(
+        f"{source} has no tokenizer files, and the rows are text: save a tokenizer into the "
+        "folder with transformers' tokenizer.save_pretrained(folder)"
+    )
 
 
 def load_policy(

@@ -10,7 +10,7 @@ from torch import Tensor
 from fuserl.batch import RolloutBatch
 from fuserl.data.examples import Prompt
 from fuserl.model.heads import ScalarModel
-from fuserl.sequences import completion_states, join, last_values
+from fuserl.sequences import completion_states, joined, last_values
 from fuserl.tokenizer import Tokenizer
 
 RewardFunction = Callable[..., Sequence[float | None] | Sequence[Sequence[float]]]
@@ -48,9 +48,7 @@ class ModelReward:
         )
 
     def _score(self, batch: RolloutBatch) -> Tensor:
-        token_ids = join(
-            batch.prompts, batch.prompt_lengths, batch.completions, batch.completion_lengths
-        )
+        token_ids = joined(batch)
         if not self._at_tokens:
             return last_values(
                 self.model, token_ids, batch.prompt_lengths + batch.completion_lengths

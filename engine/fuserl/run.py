@@ -18,10 +18,25 @@ from fuserl.checkpoint import Checkpoint
 from fuserl.config import TrainConfig
 from fuserl.interrupt import Interrupted, InterruptFlag
 from fuserl.metrics import Metrics, MetricsLog
+from fuserl.model.config import SMALL_NAMES
+from fuserl.model.folder import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    HEAD_FILE,
+    NOTES_FILE,
+    WEIGHTS_FILE,
+)
 from fuserl.optimizer import Optimizer
 
 _MAY_DIFFER = {"out", "resume", "overwrite", "save_every", "microbatch_size", "device"}
 """Options that a resumed run may change: none of them changes what is computed."""
+
+_LEFT_BEHIND = (
+    *("summary.json", "metrics.jsonl"),
+    *(CONFIG_FILE, WEIGHTS_FILE, HEAD_FILE, GENERATION_FILE, NOTES_FILE),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+)
+"""Files that a run writes into its folder and, with a critic, into critic/."""
 
 
 class Run:
@@ -38,7 +53,8 @@ class Run:
         optimizer: Optimizer,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
-        """facts: what else must be as it was when a run is resumed, as JSON holds it."""
+        """facts: what else must be as it was when a run is resumed, by the names that messages
+        give it and as JSON holds it."""
         self._facts = dict(facts or {})
         self.out = Path(config.out)
         self.total_steps = total_steps
@@ -53,6 +69,8 @@ class Run:
     def __enter__(self) -> "Run":
         if self._config.resume:
             self._restore()
+        elif self._config.overwrite:
+            remove_run(self.out)
         self._optimizer_steps = self._optimizer.steps
         self._began = time.perf_counter()
         self.out.mkdir(parents=True, exist_ok=True)
@@ -122,9 +140,11 @@ class Run:
         self._saved_at = self.step
 
     def finish(self, summary: Mapping[str, Any]) -> dict[str, Any]:
-        """Write summary.json and drop the checkpoint. Call it when the model is saved."""
+        """Write summary.json, the options with it, and drop the checkpoint. Call it when the
+        model is saved."""
         whole = {"stage": self._stage, **summary, "seconds": round(self._elapsed(), 2)}
-        (self.out / "summary.json").write_text(json.dumps(whole, indent=2) + "\n")
+        kept = {**whole, "config": dataclasses.asdict(self._config)}
+        (self.out / "summary.json").write_text(json.dumps(kept, indent=2) + "\n")
         self._checkpoint.remove()
         return whole
 
@@ -133,19 +153,6 @@ class Run:
 
     def _restore(self) -> None:
         progress = self._checkpoint.progress()
-        before, now = progress["config"], json.loads(json.dumps(dataclasses.asdict(self._config)))
-        changed = [
-            f"{name}: {before.get(name)!r} -> {now[name]!r}"
-            for name in now
-            if name not in _MAY_DIFFER and now[name] != before.get(name)
-        ]
-        if progress["stage"] != self._stage:
-            raise ValueError(f"{self.out} holds an unfinished {progress['stage']} run")
-        if changed:
-            raise ValueError(
-                f"the options differ from those of the run to resume in {self.out}: "
-                + "; ".join(changed)
-            )
         for name, fact in self._facts.items():
             if fact != progress["facts"].get(name):
                 raise ValueError(
@@ -157,25 +164,74 @@ class Run:
         self.seconds = progress["seconds"]
 
 
-def prepare_folder(config: TrainConfig) -> dict[str, Any] | None:
-    """Look at --out before any work is done.
+def prepare_folder(stage: str, config: TrainConfig) -> dict[str, Any] | None:
+    """Look at --out before any work is done; nothing in it is touched.
 
     Returns the summary of a finished run that is asked to resume (nothing is left to do), else
-    None. Raises ValueError if the folder holds a run that would be lost, or none to resume.
+    None. Raises ValueError if the folder holds what would be lost, or not the run to resume.
     """
     out = Path(config.out)
+    _refuse_own_start(stage, config)
     summary, checkpoint = out / "summary.json", Checkpoint(out)
     if config.resume:
-        if checkpoint.exists():
-            return None
-        if summary.exists():
-            return json.loads(summary.read_text())
-        raise ValueError(f"there is no run to resume in {out}")
+        if not holds_run(out):
+            raise ValueError(f"there is no run to resume in {out}")
+        unfinished = checkpoint.exists()
+        before = checkpoint.progress() if unfinished else json.loads(summary.read_text())
+        _check_same_run(before, stage, config)
+        return None if unfinished else {k: v for k, v in before.items() if k != "config"}
     if config.overwrite:
-        checkpoint.remove()
-        summary.unlink(missing_ok=True)
-    elif checkpoint.exists():
+        return None
+    if checkpoint.exists():
         raise ValueError(f"{out} holds an unfinished run: add --resume, or --overwrite to lose it")
-    elif summary.exists():
+    if summary.exists():
         raise ValueError(f"{out} holds a finished run: choose another --out, or add --overwrite")
+    if (out / CONFIG_FILE).exists() or any(out.glob("*.safetensors")):
+        raise ValueError(f"{out} holds a model: choose another --out, or add --overwrite")
     return None
+
+
+def holds_run(out: Path) -> bool:
+    """Whether the folder holds a run, finished or with a checkpoint."""
+    return (out / "summary.json").exists() or Checkpoint(out).exists()
+
+
+def remove_run(out: Path) -> None:
+    """Remove what a run leaves in its folder, and nothing else that may be there."""
+    Checkpoint(out).remove()
+    critic = out / "critic"
+    for folder in (out, critic):
+        for name in _LEFT_BEHIND:
+            (folder / name).unlink(missing_ok=True)
+    if critic.is_dir() and not any(critic.iterdir()):
+        critic.rmdir()
+
+
+def _refuse_own_start(stage: str, config: TrainConfig) -> None:
+    """A run must not write over a model it starts from or is judged by."""
+    out = Path(config.out).resolve()
+    for option in ("model", "reward_model", "critic_model"):
+        source = getattr(config, option, None)
+        if source is None or (stage == "sft" and source in SMALL_NAMES):
+            continue
+        if Path(source).resolve() in (out, out / "critic"):
+            raise ValueError(f"{option} {source} would be written over: choose another --out")
+
+
+def _check_same_run(before: Mapping[str, Any], stage: str, config: TrainConfig) -> None:
+    """before: a checkpoint's progress or a summary."""
+    if before.get("stage") != stage:  # only the quickstart's summary names none
+        raise ValueError(
+            f"{config.out} holds a run of {before.get('stage', 'quickstart')}, not of {stage}"
+        )
+    was, now = before["config"], json.loads(json.dumps(dataclasses.asdict(config)))
+    changed = [
+        f"{name}: {was.get(name)!r} -> {now[name]!r}"
+        for name in now
+        if name not in _MAY_DIFFER and now[name] != was.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"the options differ from those of the run to resume in {config.out}: "
+            + "; ".join(changed)
+        )

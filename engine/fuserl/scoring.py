@@ -10,7 +10,7 @@ from fuserl.batch import RolloutBatch, ScoredBatch
 from fuserl.data.examples import Prompt
 from fuserl.model.heads import LanguageModel, ScalarModel
 from fuserl.rewards import Reward
-from fuserl.sequences import completion_logprobs, completion_values, join
+from fuserl.sequences import completion_logprobs, completion_values, joined
 
 
 @torch.no_grad()
@@ -35,9 +35,7 @@ def score(
     values: list[Tensor] = []
     for rows in torch.arange(len(batch), device=scores.device).split(microbatch_size):
         part = batch.select(rows)
-        token_ids = join(
-            part.prompts, part.prompt_lengths, part.completions, part.completion_lengths
-        )
+        token_ids = joined(part)
         ref_logprobs.append(
             completion_logprobs(
                 reference,

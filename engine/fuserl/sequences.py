@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import fuserl_kernels as fk
+from fuserl.batch import RolloutBatch
 from fuserl.model.heads import LanguageModel, ScalarModel
 
 
@@ -30,6 +31,11 @@ def join(
     )
     token_ids = torch.where(completion_slots < 0, from_prompt, from_completion)
     return torch.where(slots < lengths[:, None], token_ids, 0)
+
+
+def joined(batch: RolloutBatch) -> Tensor:
+    """The rows of a batch, [B, S]: see `join`."""
+    return join(batch.prompts, batch.prompt_lengths, batch.completions, batch.completion_lengths)
 
 
 def mask_of_lengths(lengths: Tensor, width: int) -> Tensor:

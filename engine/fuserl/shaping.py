@@ -57,7 +57,16 @@ def shape(batch: ScoredBatch, config: RLConfig) -> ShapedBatch:
         if algorithm.advantage == "return_minus_mean":
             num_tokens = batch.loss_mask.sum().clamp(min=1)
             advantages = torch.where(batch.loss_mask, returns - returns.sum() / num_tokens, 0.0)
+    # The same placing without the KL penalty: what the score of each sequence came to.
+    placed, _ = fk.shape_rewards(
+        batch.scores,
+        batch.logprobs,
+        batch.ref_logprobs,
+        batch.loss_mask,
+        **{**shaping, "kl_coef": 0.0},
+    )
     return ShapedBatch(
+        applied_scores=placed.sum(1),
         **batch.fields(),
         rewards=rewards,
         kl=kl,

@@ -14,7 +14,7 @@ from fuserl.config import RLConfig
 from fuserl.metrics import WeightedMean
 from fuserl.model.heads import LanguageModel, ScalarModel
 from fuserl.optimizer import Optimizer
-from fuserl.sequences import completion_states, completion_values, join
+from fuserl.sequences import completion_states, completion_values, joined
 
 LOGGED_AS = {
     "policy/loss": "loss/policy_avg",
@@ -43,10 +43,9 @@ def update(
     seed: of the order of the rows, which is drawn anew for each epoch.
     """
     generator = torch.Generator().manual_seed(seed)
-    num_epochs = config.num_epochs or ALGORITHMS[config.algorithm].num_epochs
     totals = WeightedMean()
     first: dict[str, Tensor] = {}
-    for _ in range(num_epochs):
+    for _ in range(config.passes):
         order = torch.randperm(len(batch), generator=generator)
         for rows in order.tensor_split(config.num_minibatches):
             found = _step(policy, critic, optimizer, batch.select(rows), config)
@@ -69,11 +68,11 @@ def _step(
     # Rows of like length share a microbatch, and so little padding is computed.
     order = (batch.prompt_lengths + batch.completion_lengths).argsort()
     totals = WeightedMean()
+    predicted: list[Tensor] = []
+    aimed: list[Tensor] = []
     for rows in order.split(config.microbatch_size):
         part = batch.select(rows)
-        token_ids = join(
-            part.prompts, part.prompt_lengths, part.completions, part.completion_lengths
-        )
+        token_ids = joined(part)
         states = completion_states(
             policy(token_ids), part.prompt_lengths, part.completions.shape[1]
         )
@@ -91,6 +90,8 @@ def _step(
             entropy_coef=config.entropy_coef,
         )
         loss.backward()
+        around_one = metrics["val/ratio_var"] + (metrics["val/ratio"] - 1).square()
+        metrics["val/ratio_var"] = around_one  # a second moment adds up; see below
         totals.add(metrics, weight=part.loss_mask.sum())
         if critic is not None and part.values is not None:
             values = completion_values(
@@ -106,4 +107,22 @@ def _step(
             )
             (config.vf_coef * value_loss).backward()
             totals.add(metrics, weight=part.value_mask.sum())
-    return {**totals.mean(), "num_tokens": policy_tokens.float(), **optimizer.step()}
+            predicted.append(values.detach()[part.value_mask])
+            aimed.append(part.returns[part.value_mask])
+    found = {**totals.mean(), "num_tokens": policy_tokens.float()}
+    # Means of microbatches' variances are no variance: these two are made from the whole step.
+    found["val/ratio_var"] = found["val/ratio_var"] - (found["val/ratio"] - 1).square()
+    if predicted:
+        found["value/explained_variance"] = explained_variance(
+            torch.cat(predicted), torch.cat(aimed)
+        )
+    return {**found, **optimizer.step()}
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
+    """1 - Var(returns - values) / Var(returns), 0-d; 0 where the returns do not vary."""
+    if len(returns) == 0:
+        return returns.new_zeros(())
+    variance = returns.var(correction=0)
+    unexplained = (returns - values).var(correction=0)
+    return torch.where(variance > 0, 1 - unexplained / variance, 0.0)

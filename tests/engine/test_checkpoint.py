@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from fuserl.checkpoint import Checkpoint, digest
+from fuserl.checkpoint import Checkpoint, digest, digest_ids, digest_tokenizer
 from fuserl.config import TrainConfig
 from fuserl.optimizer import Optimizer
+from fuserl.tokenizer import train_tokenizer
 
 CONFIG = TrainConfig(model="m", data="d", out="o", learning_rate=0.1)
 
@@ -157,3 +158,26 @@ def test_digests_see_every_bit() -> None:
         weight[0] = torch.nextafter(weight[0], torch.tensor(torch.inf))
     assert digest(first) != digest(second)
     assert digest(first.bfloat16()) != digest(second.bfloat16().float())
+
+
+def test_digests_of_ids_see_where_each_ends() -> None:
+    different = [
+        [((1, 2), (3,))],
+        [((1,), (2, 3))],
+        [((1, 2, 3),)],
+        [((1, 2),), ((3,),)],
+        [((1, 2), (4,))],
+        [((3,), (1, 2))],
+        [],
+    ]
+    digests = [digest_ids(rows) for rows in different]
+    assert len(set(digests)) == len(digests)
+    assert digest_ids(iter([([1, 2], [3])])) == digests[0]
+
+
+def test_digests_of_tokenizers_see_the_vocabulary() -> None:
+    """Two tokenizers that give their own texts the same ids."""
+    first, again, other = (train_tokenizer([text] * 5, 262) for text in ("abab", "abab", "cdcd"))
+    assert first.encode_text("abab") == other.encode_text("cdcd")
+    assert digest_tokenizer(first) == digest_tokenizer(again)
+    assert digest_tokenizer(first) != digest_tokenizer(other)

@@ -53,7 +53,10 @@ def test_every_field_says_what_it_is(kind: type) -> None:
         *((kind, {"learning_rate": 0.0}, "learning_rate must be positive") for kind in TRAINING),
         *((kind, {"learning_rate": float("nan")}, "learning_rate must be") for kind in TRAINING),
         *((kind, {"microbatch_size": -1}, "microbatch_size must be pos") for kind in TRAINING),
-        *((kind, {"max_grad_norm": 0.0}, "max_grad_norm must be positive") for kind in TRAINING),
+        *(
+            (kind, {"max_grad_norm": -1.0}, "max_grad_norm must not be negative")
+            for kind in TRAINING
+        ),
         *((kind, {"warmup_share": 1.0}, r"warmup_share must be in \[0, 1\)") for kind in TRAINING),
         *((kind, {"save_every": -1}, "save_every must not be negative") for kind in TRAINING),
         *((kind, {"schedule": "step"}, "schedule must be one of") for kind in TRAINING),

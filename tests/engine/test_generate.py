@@ -57,9 +57,23 @@ def test_one_prompt_goes_to_the_screen(
         model=str(policy_folder), prompt="red dog", max_new_tokens=4, temperature=0.0
     )
     run_generate(config)
-    [line] = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr()
+    [line] = said.out.splitlines()
+    assert "prompts: 1 row: 1 kept" in said.err
     expected = load_policy(policy_folder).generate(["red dog"], max_new_tokens=4, temperature=0.0)
     assert json.loads(line)["token_ids"] == expected.token_ids[0]
+
+
+def test_rows_that_are_dropped_are_told_beside_the_screen(
+    policy_folder: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with data.open("a") as file:
+        file.write('{"prompt": 3}\n')
+    model = str(policy_folder)
+    run_generate(GenerateConfig(model=model, data=str(data), max_new_tokens=2, skip_bad_rows=True))
+    said = capsys.readouterr()
+    assert len([json.loads(line) for line in said.out.splitlines()]) == 7
+    assert "prompts: 8 rows: 7 kept, 1 bad skipped" in said.err
 
 
 def test_the_template_can_be_changed(

@@ -1,6 +1,7 @@
 """Model folders: bits survive, transformers agrees, and every fault is named before anything
 is allocated."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -18,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fuserl.model import folder as folders
-from fuserl.model.config import DecoderConfig
+from fuserl.model.config import SMALL_NAMES, DecoderConfig
 from fuserl.model.folder import (
     FolderNotes,
     check_vocabulary,
@@ -174,10 +175,40 @@ def test_a_tied_reward_folder_gives_a_language_model(tmp_path: Path) -> None:
     assert torch.equal(loaded.output_weight, model.model.embed_tokens.weight)
 
 
-def test_an_untied_reward_folder_has_no_language_model(tmp_path: Path) -> None:
+def test_an_untied_reward_folder_from_scratch_has_no_language_model(tmp_path: Path) -> None:
     save_model(reward_model(UNTIED), tmp_path)
     with pytest.raises(ValueError, match=r"model\.safetensors: lm_head\.weight \(40, 16\) is miss"):
         load_language_model(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_reward_folder_keeps_the_head_of_its_starting_model(
+    dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    """Through two stages, and however its own weights moved."""
+    from transformers import AutoModelForSequenceClassification
+
+    start = language_model(UNTIED)
+    save_model(start, tmp_path / "start")
+    first, _ = load_scalar_model(tmp_path / "start", dtype=None)
+    assert "lm_head.weight" not in first.state_dict()
+    with torch.no_grad():
+        first.model.norm.weight.mul_(2)
+    save_model(first, tmp_path / "first")
+    second, head_is_new = load_scalar_model(tmp_path / "first")
+    assert not head_is_new
+    save_model(copy.deepcopy(second), tmp_path / "second", dtype=dtype)
+    back = load_language_model(tmp_path / "second", dtype=None)
+    assert torch.equal(back.lm_head.weight, start.lm_head.weight.to(dtype))
+    assert torch.equal(back.model.norm.weight, first.model.norm.weight.to(dtype))
+    load_in_transformers(AutoModelForSequenceClassification, tmp_path / "second")
+
+
+def test_the_weights_own_head_comes_before_one_left_by_a_kill(tmp_path: Path) -> None:
+    save_model(language_model(UNTIED, seed=1), tmp_path)
+    stale = {"lm_head.weight": language_model(UNTIED, seed=2).lm_head.weight.detach()}
+    save_file(stale, tmp_path / "fuserl_head.safetensors")
+    assert_same_bits(load_language_model(tmp_path), language_model(UNTIED, seed=1))
 
 
 def test_saving_over_the_other_kind_leaves_nothing_of_it(tmp_path: Path) -> None:
@@ -592,6 +623,12 @@ def test_what_cannot_be_on_the_hub_is_not_looked_up(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     with pytest.raises(FileNotFoundError, match=r"no such folder.*no hub id.*tiny, small, medium"):
+        resolve_folder(name)
+
+
+@pytest.mark.parametrize("name", SMALL_NAMES)
+def test_names_of_small_configurations_are_for_sft(name: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="only sft trains from scratch"):
         resolve_folder(name)
 
 

@@ -101,6 +101,20 @@ def test_each_module_is_clipped_by_its_own_norm() -> None:
     assert all(p.grad is None for p in (*loud.parameters(), *quiet.parameters()))
 
 
+def test_no_maximum_norm_leaves_the_gradient_alone() -> None:
+    module = layer()
+    optimizer = Optimizer({"m": module}, config(max_grad_norm=0.0), total_steps=9)
+    seen: list[float] = []
+
+    def look(*_: Any) -> None:
+        seen.extend(float(p.grad.max()) for p in module.parameters() if p.grad is not None)
+
+    optimizer._adamw.register_step_pre_hook(look)
+    give(module, 100.0)
+    optimizer.step()
+    assert seen == pytest.approx([100.0, 100.0])
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_gradient_that_is_not_finite_changes_no_weight(bad: float) -> None:
     policy, critic = layer(), layer(1)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from fuserl.config import TrainConfig
+from fuserl.config import RLConfig, TrainConfig
 from fuserl.interrupt import Interrupted
 from fuserl.metrics import MetricsLog, WeightedMean, read_metrics
 from fuserl.optimizer import Optimizer
-from fuserl.run import Run, prepare_folder
+from fuserl.run import Run, prepare_folder, remove_run
 
 STEPS = 6
 
@@ -28,7 +28,7 @@ class Loop:
     """A stage in small: fits a line, may be told to stop or to fail within a step."""
 
     def __init__(self, config: TrainConfig, stage: str = "toy", **facts: Any) -> None:
-        self.config = config
+        self.stage, self.config = stage, config
         torch.manual_seed(0)
         self.model = nn.Linear(2, 1)
         modules = {"model": self.model}
@@ -49,6 +49,7 @@ class Loop:
         fail_before: int | None = None,
         fail_after: int | None = None,
     ) -> dict[str, Any]:
+        prepare_folder(self.stage, self.config)
         with self.run as run:
             for step in run.steps():
                 if step == fail_before:
@@ -83,19 +84,21 @@ def whole(config: TrainConfig, tmp_path: Path) -> tuple[list[float], list[dict[s
 
 
 def test_a_finished_run(config: TrainConfig) -> None:
-    assert prepare_folder(config) is None
+    assert prepare_folder("toy", config) is None
     summary = Loop(config).train()
     out = Path(config.out)
     assert sorted(path.name for path in out.iterdir()) == ["metrics.jsonl", "summary.json"]
-    assert json.loads((out / "summary.json").read_text()) == summary
+    saved = json.loads((out / "summary.json").read_text())
+    assert saved.pop("config") == dataclasses.asdict(config)
+    assert saved == summary
     assert summary["stage"] == "toy"
     assert [line["step"] for line in lines(config.out)] == list(range(1, STEPS + 1))
 
     with pytest.raises(ValueError, match=r"holds a finished run: choose another --out, or add"):
-        prepare_folder(config)
-    assert prepare_folder(dataclasses.replace(config, resume=True)) == summary
-    assert prepare_folder(dataclasses.replace(config, overwrite=True)) is None
-    assert not (out / "summary.json").exists()
+        prepare_folder("toy", config)
+    assert prepare_folder("toy", dataclasses.replace(config, resume=True)) == summary
+    assert prepare_folder("toy", dataclasses.replace(config, overwrite=True)) is None
+    assert (out / "summary.json").exists(), "nothing is lost before the new run begins"
 
 
 @pytest.mark.parametrize("step", range(STEPS))
@@ -106,9 +109,9 @@ def test_stop_and_resume_is_the_same_run(
     with pytest.raises(Interrupted, match=message):
         Loop(config).train(stop_at=step)
     with pytest.raises(ValueError, match="holds an unfinished run: add --resume, or --overwrite"):
-        prepare_folder(config)
+        prepare_folder("toy", config)
     again = dataclasses.replace(config, resume=True)
-    assert prepare_folder(again) is None
+    assert prepare_folder("toy", again) is None
     loop = Loop(again)
     loop.train()
     assert loop.did == list(range(step, STEPS))
@@ -145,9 +148,9 @@ def test_an_error_within_an_update_falls_back_to_the_last_checkpoint(
 def test_an_error_before_the_first_step_leaves_nothing_to_resume(config: TrainConfig) -> None:
     with pytest.raises(RuntimeError):
         Loop(config).train(fail_before=0)
-    assert prepare_folder(config) is None
+    assert prepare_folder("toy", config) is None
     with pytest.raises(ValueError, match="there is no run to resume in"):
-        prepare_folder(dataclasses.replace(config, resume=True))
+        prepare_folder("toy", dataclasses.replace(config, resume=True))
 
 
 def test_changed_options_are_refused_by_name(config: TrainConfig) -> None:
@@ -166,11 +169,73 @@ def test_another_stage_and_other_facts_are_refused(config: TrainConfig) -> None:
     with pytest.raises(Interrupted):
         Loop(config, data={"rows": 3}).train(stop_at=2)
     again = dataclasses.replace(config, resume=True)
-    with pytest.raises(ValueError, match="holds an unfinished toy run"):
+    with pytest.raises(ValueError, match="holds a run of toy, not of other"):
         Loop(again, stage="other").train()
     with pytest.raises(ValueError, match="the data differs from that of the run to resume"):
         Loop(again, data={"rows": 4}).train()
     Loop(again, data={"rows": 3}).train()
+
+
+def test_a_finished_run_is_resumed_only_as_it_was(config: TrainConfig) -> None:
+    Loop(config).train()
+    again = dataclasses.replace(config, resume=True, microbatch_size=7)
+    assert prepare_folder("toy", again) is not None
+    with pytest.raises(ValueError, match=r"options differ.*seed: 0 -> 3"):
+        prepare_folder("toy", dataclasses.replace(again, seed=3))
+    with pytest.raises(ValueError, match="holds a run of toy, not of other"):
+        prepare_folder("other", again)
+
+
+@pytest.mark.parametrize("option", ["model", "reward_model", "critic_model"])
+@pytest.mark.parametrize("flag", ["resume", "overwrite", None])
+def test_a_run_does_not_write_over_what_it_starts_from(
+    option: str, flag: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = {"model": "m", "data": "d", **({flag: True} if flag else {})}
+    for start, out in (("run", tmp_path / "run"), (str(tmp_path / "run/critic"), "x/../run")):
+        config = RLConfig(**{**options, option: start, "out": str(out)})  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=f"{option} .* would be written over"):
+            prepare_folder("rl", config)
+
+
+def test_a_small_configuration_is_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig(model="tiny", data="d", out="tiny")
+    assert prepare_folder("sft", config) is None
+    with pytest.raises(ValueError, match="model tiny would be written over"):
+        prepare_folder("reward", config)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model-00001-of-00002.safetensors"])
+def test_a_model_that_is_no_run_of_ours_is_kept(name: str, config: TrainConfig) -> None:
+    out = Path(config.out)
+    out.mkdir()
+    (out / name).touch()
+    with pytest.raises(ValueError, match="holds a model: choose another --out, or add --overwrite"):
+        prepare_folder("toy", config)
+    assert prepare_folder("toy", dataclasses.replace(config, overwrite=True)) is None
+
+
+def test_overwriting_removes_what_is_ours_and_nothing_else(config: TrainConfig) -> None:
+    with pytest.raises(Interrupted):
+        Loop(config).train(stop_at=3)
+    out = Path(config.out)
+    ours = ["summary.json", "config.json", "model.safetensors", "fuserl.json", "tokenizer.json"]
+    others = ["notes.txt", "data/rows.jsonl", "critic/notes.txt", "model-1-of-2.safetensors"]
+    for name in (*ours, "critic/config.json", "critic/model.safetensors", *others):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).touch()
+    over = dataclasses.replace(config, overwrite=True)
+    with Loop(over).run:
+        left = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+        assert left == {*others, "metrics.jsonl"}
+        assert (out / "metrics.jsonl").read_text() == ""
+    (out / "critic/notes.txt").unlink()
+    remove_run(out)
+    assert not (out / "critic").exists()
 
 
 def test_starting_over_forgets_the_unfinished_run(
@@ -179,7 +244,7 @@ def test_starting_over_forgets_the_unfinished_run(
     with pytest.raises(Interrupted):
         Loop(config).train(stop_at=3)
     over = dataclasses.replace(config, overwrite=True)
-    assert prepare_folder(over) is None
+    assert prepare_folder("toy", over) is None
     loop = Loop(over)
     loop.train()
     assert loop.did == list(range(STEPS))

@@ -56,6 +56,15 @@ def test_the_score_stands_one_slot_after_the_last_token(batch: ScoredBatch) -> N
     assert torch.equal(found["value_mask"], torch.arange(LIMIT) < slots[:, None])
 
 
+@pytest.mark.parametrize("options", [{}, {"whiten_rewards": True}])
+def test_applied_scores_are_those_after_the_missing_eos_rule(
+    batch: ScoredBatch, options: dict[str, Any]
+) -> None:
+    shaped = shape(exclude(batch, 0), config(kl_coef=0.3, missing_eos_penalty=7.5, **options))
+    assert shaped.applied_scores.tolist() == [0.0, -7.5, -3.0, -7.5]
+    assert shaped.scores.tolist() == [1.0, 2.0, -3.0, 4.0]
+
+
 def test_a_missing_eos_replaces_the_score_by_the_penalty(batch: ScoredBatch) -> None:
     sums = fields(shape(batch, config(kl_coef=0.0, missing_eos_penalty=7.5)))["rewards"].sum(1)
     assert sums.tolist() == [1.0, -7.5, -3.0, -7.5]

@@ -16,7 +16,7 @@ from fuserl.model.heads import LanguageModel, ScalarModel
 from fuserl.optimizer import Optimizer
 from fuserl.scoring import score
 from fuserl.shaping import shape
-from fuserl.update import update
+from fuserl.update import explained_variance, update
 
 NUM = 10
 ALGORITHMS = pytest.mark.parametrize("algorithm", ["ppo", "reinforce", "reinforce_baseline"])
@@ -281,6 +281,15 @@ def test_minibatches_see_every_row_once_an_epoch(
     other, _ = after(policy, critic, batch, options, seed=1)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_explained_variance() -> None:
+    returns = torch.tensor([1.0, 2.0, 3.0, 6.0])
+    assert float(explained_variance(returns, returns)) == 1.0
+    assert float(explained_variance(torch.full_like(returns, 3.0), returns)) == 0.0
+    assert float(explained_variance(torch.zeros(4), torch.ones(4))) == 0.0  # nothing to explain
+    assert float(explained_variance(torch.empty(0), torch.empty(0))) == 0.0
+    assert float(explained_variance(-returns, returns)) == pytest.approx(-3.0)
 
 
 def test_an_entropy_bonus_raises_the_entropy(ready: Callable[..., Ready]) -> None:

@@ -6,8 +6,9 @@ error names the file and the key. Nothing in a folder is ever executed: pickle w
 remote code are refused.
 
 Beside the files transformers knows, a folder may hold two of ours: `fuserl_head.safetensors`,
-the bias of the scalar head, for which transformers has no place, and `fuserl.json`, what to
-know about the model that is in no other file (FolderNotes).
+what transformers has no place for in a reward model (the bias of the scalar head, and the
+language-model head its starting model had, where that is not the embeddings), and
+`fuserl.json`, what to know about the model that is in no other file (FolderNotes).
 """
 
 import dataclasses
@@ -112,7 +113,7 @@ def resolve_folder(name: str | Path) -> Path:
     if folder.exists():
         raise NotADirectoryError(f"{folder} is a file; a model is a folder with {CONFIG_FILE}")
     looked_for = f"no model {str(name)!r}: there is no such folder"
-    hint = f"to train from scratch, name a small configuration: {', '.join(SMALL_NAMES)}"
+    hint = f"only sft trains from scratch, by the names {', '.join(SMALL_NAMES)}"
     if not isinstance(name, str) or not _HUB_ID.fullmatch(name):
         raise FileNotFoundError(f"{looked_for}, and it is no hub id (org/name); {hint}")
 
@@ -180,11 +181,12 @@ def load_language_model(
 ) -> LanguageModel:
     """device: None is the CPU. dtype: None keeps the one the weights are stored in.
 
-    A reward model's folder works where the embeddings are tied, as they are the head.
+    A reward model's folder works where the embeddings are tied, as they are the head, and where
+    it kept the head of the model it started from.
     """
     folder = Path(folder)
     config = load_config(folder)
-    stored = _read_weight_headers(folder)
+    stored = _read_headers(folder)
     with torch.device("meta"):
         model = LanguageModel(config)
     _check_weights(model, stored, folder)
@@ -203,9 +205,7 @@ def load_scalar_model(
     the head was drawn with head_seed. device, dtype: as in load_language_model."""
     folder = Path(folder)
     config = load_config(folder)
-    stored = _read_weight_headers(folder)
-    if (folder / HEAD_FILE).exists():
-        stored |= _read_header(folder / HEAD_FILE)
+    stored = _read_headers(folder)
     head_is_new = "score.weight" not in stored
     if head_is_new and "score.bias" in stored:
         raise ValueError(
@@ -221,6 +221,9 @@ def load_scalar_model(
         model.initialize_head(head_seed)
     elif "score.bias" not in stored:
         torch.nn.init.zeros_(model.score.bias)
+    if not config.tie_embeddings and (head := stored.get("lm_head.weight")):
+        with safe_open(head.file, framework="pt") as file:
+            model.kept_lm_head = file.get_tensor("lm_head.weight").to(dtype, copy=True)
     return model, head_is_new
 
 
@@ -231,6 +234,13 @@ class _StoredTensor:
     file: Path
     shape: tuple[int, ...]
     dtype: str
+
+
+def _read_headers(folder: Path) -> dict[str, _StoredTensor]:
+    """As _read_weight_headers, and of our own file what the weights do not have."""
+    stored = _read_weight_headers(folder)
+    own = folder / HEAD_FILE
+    return _read_header(own) | stored if own.exists() else stored
 
 
 def _read_weight_headers(folder: Path) -> dict[str, _StoredTensor]:
@@ -332,7 +342,7 @@ def _check_weights(
 def _missing_hint(key: str) -> str:
     if key != "lm_head.weight":
         return ""
-    return " (tie_word_embeddings is false; a reward model has no language-model head)"
+    return " (tie_word_embeddings is false, and no starting model left its language-model head)"
 
 
 def _shape_hint(key: str, config: DecoderConfig) -> str:
@@ -388,7 +398,10 @@ def save_model(
         config["architectures"] = ["LlamaForSequenceClassification"]
         config["id2label"] = {"0": "LABEL_0"}  # one label is how transformers says num_labels 1
         config["label2id"] = {"LABEL_0": 0}
-        _write_tensors(folder / HEAD_FILE, {"score.bias": state.pop("score.bias")})
+        own = {"score.bias": state.pop("score.bias")}
+        if model.kept_lm_head is not None:
+            own["lm_head.weight"] = model.kept_lm_head.to("cpu", dtype).contiguous()
+        _write_tensors(folder / HEAD_FILE, own)
         stale.append(folder / GENERATION_FILE)
     else:
         config["architectures"] = ["LlamaForCausalLM"]

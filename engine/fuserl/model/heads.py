@@ -3,6 +3,8 @@
 Parameter names are those of LlamaForCausalLM and LlamaForSequenceClassification.
 """
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -33,9 +35,23 @@ class ScalarModel(Decoder):
     that starts from it inherit the same scale.
     """
 
+    kept_lm_head: Tensor | None = None
+    """[V, D], untied embeddings only: the head of the language model this one started from. No
+    parameter; it waits on the CPU for a later stage that starts a language model from here."""
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
         self.score = nn.Linear(config.hidden_size, 1)
+
+    @classmethod
+    def on_trunk(cls, model: LanguageModel, seed: int) -> Self:
+        """A copy of the model's decoder under a head drawn from the seed."""
+        scalar = cls(model.config).to(model.device)
+        scalar.model.load_state_dict(model.model.state_dict())
+        scalar.initialize_head(seed)
+        if not model.config.tie_embeddings:
+            scalar.kept_lm_head = model.output_weight.detach().cpu().clone()
+        return scalar
 
     @torch.no_grad()
     def initialize_head(self, seed: int) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fuserl.checkpoint import Checkpoint
 from fuserl.config import QuickstartConfig
 from fuserl.policy import Policy, load_policy
 from fuserl.quickstart.corpus import gold_scores, make_rows
 from fuserl.quickstart.report import verdict, write_report
+from fuserl.run import holds_run, remove_run
 from fuserl.stages.reward import RewardTrainer
 from fuserl.stages.rl import RLTrainer
 from fuserl.stages.sft import SFTTrainer
@@ -33,6 +33,9 @@ PPO: dict[str, Any] = {
     "max_new_tokens": MAX_NEW_TOKENS,
 }
 
+STAGES = ("sft", "reward", "policy")
+"""Their folders, in the order in which each builds on those before."""
+
 Rows = list[dict[str, str]]
 
 
@@ -40,25 +43,25 @@ def run_quickstart(config: QuickstartConfig) -> None:
     """Leaves in config.out: report.html, plots/, metrics.jsonl, summary.json, the corpus in
     data/, and the models as Hugging Face folders sft/, reward/ and policy/."""
     out = Path(config.out)
+    _prepare(config)
     train = make_rows(NUM_TRAIN, seed=config.seed, part="train")
     held_out = make_rows(NUM_HELD_OUT, seed=config.seed, part="held-out")
-    files = _write_rows(out / "data", train=train, held_out=held_out)
     rows = held_out["demonstrations"]
 
     def options(stage: str) -> dict[str, Any]:
-        folder = out / stage
-        begun = (folder / "summary.json").exists() or Checkpoint(folder).exists()
-        resume = config.resume and begun
-        return {"out": folder, "seed": config.seed, "resume": resume, "overwrite": not resume}
+        resume = holds_run(out / stage)
+        overwrite = not resume and (config.resume or config.overwrite)
+        return {"out": out / stage, "seed": config.seed, "resume": resume, "overwrite": overwrite}
 
     sft = SFTTrainer(
         "tiny",
-        data=files["train_demonstrations"],
-        validation_data=files["held_out_demonstrations"],
+        data=train["demonstrations"],
+        validation_data=held_out["demonstrations"],
         prompt_template=TEMPLATE,
         **SFT,
         **options("sft"),
     ).train()
+    files = _write_rows(out / "data", train=train, held_out=held_out)  # the seed is not refused
     reward = RewardTrainer(
         out / "sft",
         data=files["train_preferences"],
@@ -114,6 +117,26 @@ def run_quickstart(config: QuickstartConfig) -> None:
     write_report(out, summary, examples[:12])
     print(verdict(summary))
     print(f"report: {out / 'report.html'}")
+
+
+def _prepare(config: QuickstartConfig) -> None:
+    """Refuse to lose a run unasked. Of one to resume, keep the stages up to the first that is
+    unfinished; what comes after it was built on something else."""
+    out = Path(config.out)
+    finished = (out / "summary.json").exists()
+    begun = finished or any(holds_run(out / stage) for stage in STAGES)
+    if begun and not (config.resume or config.overwrite):
+        kind = "a finished" if finished else "an unfinished"
+        raise ValueError(f"{out} holds {kind} run: add --resume, or --overwrite to lose it")
+    if config.resume and not begun:
+        raise ValueError(f"there is no run to resume in {out}")
+    keep = config.resume
+    for stage in STAGES:
+        if begun and not keep:
+            remove_run(out / stage)
+        keep = keep and (out / stage / "summary.json").exists()
+    if not keep:
+        (out / "summary.json").unlink(missing_ok=True)
 
 
 def _sample(

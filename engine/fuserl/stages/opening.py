@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -12,7 +12,7 @@ from fuserl.device import default_device
 from fuserl.model.config import DecoderConfig, small_config
 from fuserl.model.folder import FolderNotes, read_notes
 from fuserl.model.heads import LanguageModel
-from fuserl.policy import Policy, load_policy
+from fuserl.policy import Policy, load_policy, no_tokenizer
 from fuserl.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -20,7 +20,7 @@ def open_tokenizer(folder: Path, config: DataConfig) -> Tokenizer:
     """The folder's tokenizer, with the chat template asked for."""
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
-        raise ValueError(f"{folder} has no tokenizer files, and the rows are text")
+        raise no_tokenizer(folder)
     return with_chat_template(tokenizer, config)
 
 
@@ -52,10 +52,13 @@ def open_policy(
     return policy
 
 
-def untrained_policy(config: DataConfig, tokenizer: Tokenizer, notes: FolderNotes) -> Policy:
-    """The named small configuration config.model with random weights, for this tokenizer."""
+def untrained_policy(
+    config: DataConfig, tokenizer: Tokenizer, notes: FolderNotes, vocab_size: int | None = None
+) -> Policy:
+    """The named small configuration config.model with random weights, for this tokenizer.
+    vocab_size: default the tokenizer's."""
     sizes = dataclasses.replace(
-        small_config(config.model, tokenizer.vocab_size),
+        small_config(config.model, vocab_size or tokenizer.vocab_size),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -85,5 +88,6 @@ def loading(config: DataConfig, notes: FolderNotes) -> dict[str, Any]:
     }
 
 
-def tell(name: str, counts: Counts) -> None:
-    print(f"{name}: {counts.summary()}", flush=True)
+def tell(name: str, counts: Counts, file: TextIO | None = None) -> None:
+    """file: default stdout; stderr for a command whose stdout is its result."""
+    print(f"{name}: {counts.summary()}", file=file, flush=True)

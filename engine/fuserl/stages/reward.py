@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 import fuserl_kernels as fk
+from fuserl.checkpoint import digest, digest_ids
 from fuserl.config import RewardConfig
 from fuserl.data.batching import pad_rows
 from fuserl.data.examples import Ranking, load_rankings
 from fuserl.data.rows import Source, source_name
 from fuserl.device import default_device
 from fuserl.model.folder import (
+    FolderNotes,
     check_vocabulary,
     load_config,
     load_scalar_model,
@@ -25,9 +27,10 @@ from fuserl.model.folder import (
 )
 from fuserl.model.heads import ScalarModel
 from fuserl.optimizer import Optimizer
+from fuserl.policy import Policy
 from fuserl.run import Run, prepare_folder
 from fuserl.sequences import last_values
-from fuserl.stages.opening import loading, open_notes, open_tokenizer, tell
+from fuserl.stages.opening import loading, open_notes, open_policy, open_tokenizer, tell
 from fuserl.stages.supervised import evaluate_on, plan_epochs, train_on
 from fuserl.tokenizer import Tokenizer
 
@@ -36,13 +39,13 @@ class RewardTrainer:
     """RewardTrainer("runs/sft", data="pairs.jsonl", out="runs/reward").train()
 
     model: a folder or hub id of any stage: a head it lacks is drawn anew, one it has is kept
-    (preference-model pretraining is this stage run twice). data, validation_data: a file, or a
-    list of dicts. options: RewardConfig's fields.
+    (preference-model pretraining is this stage run twice); or a Policy, which is copied under a
+    new head. data, validation_data: a file, or a list of dicts. options: RewardConfig's fields.
     """
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | Policy,
         *,
         data: Source,
         out: str | Path,
@@ -50,8 +53,9 @@ class RewardTrainer:
         **options: Any,
     ) -> None:
         self._data, self._validation_data = data, validation_data
+        self._given = model if isinstance(model, Policy) else None
         self.config = RewardConfig(
-            model=str(model),
+            model=model.source if isinstance(model, Policy) else str(model),
             data=source_name(data),
             out=str(out),
             validation_data=None if validation_data is None else source_name(validation_data),
@@ -61,15 +65,9 @@ class RewardTrainer:
     def train(self) -> dict[str, Any]:
         """Train, centre the scores and save; returns what summary.json says."""
         config = self.config
-        if (finished := prepare_folder(config)) is not None:
+        if (finished := prepare_folder("reward", config)) is not None:
             return finished
-        folder = resolve_folder(config.model)
-        tokenizer = open_tokenizer(folder, config)
-        notes = open_notes(folder, config)
-        check_vocabulary(load_config(folder), tokenizer.vocab_size, folder)
-        model, _ = load_scalar_model(
-            folder, device=default_device(config.device), head_seed=config.seed
-        )
+        model, tokenizer, notes = self._open()
         options = loading(config, notes)
         rankings = self._load(self._data, tokenizer, model, options, "data")
         objective = PairwiseLoss(model, rankings, config.center_coef)
@@ -82,8 +80,17 @@ class RewardTrainer:
         plan = plan_epochs([objective] * config.epochs, config.batch_size, seed=config.seed)
         modules = {"reward": model}
         optimizer = Optimizer(modules, config, total_steps=len(plan))
+        facts = {
+            "data": digest_ids((r.prompt_ids, *r.completions) for r in rankings),
+            "starting model": digest(model),
+        }
         with Run(
-            "reward", config, total_steps=len(plan), modules=modules, optimizer=optimizer
+            "reward",
+            config,
+            total_steps=len(plan),
+            modules=modules,
+            optimizer=optimizer,
+            facts=facts,
         ) as run:
             last = train_on(
                 run,
@@ -100,6 +107,20 @@ class RewardTrainer:
             write_notes(notes, run.out)
             summary = {"steps": len(plan), "rows": len(rankings), "mean_before_centring": mean}
             return run.finish({**summary, **last})
+
+    def _open(self) -> tuple[ScalarModel, Tokenizer, FolderNotes]:
+        config = self.config
+        if self._given is not None:
+            policy = open_policy(config, self._given)
+            model = ScalarModel.on_trunk(policy.model, config.seed)
+            return model, policy.text_tokenizer, policy.notes
+        folder = resolve_folder(config.model)
+        tokenizer = open_tokenizer(folder, config)
+        check_vocabulary(load_config(folder), tokenizer.vocab_size, folder)
+        model, _ = load_scalar_model(
+            folder, device=default_device(config.device), head_seed=config.seed
+        )
+        return model, tokenizer, open_notes(folder, config)
 
     def _load(
         self,

@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from fuserl.algorithms import ALGORITHMS
-from fuserl.checkpoint import digest
+from fuserl.checkpoint import digest, digest_ids
 from fuserl.config import RLConfig
 from fuserl.data.examples import Prompt, load_prompts
 from fuserl.data.rows import Source, source_name
 from fuserl.model.heads import LanguageModel, ScalarModel
 from fuserl.optimizer import Optimizer
 from fuserl.policy import Policy
-from fuserl.rewards import FunctionReward, Reward, RewardFunction, observe
+from fuserl.rewards import FunctionReward, ModelReward, Reward, RewardFunction, observe
 from fuserl.rollout.collect import choose_prompts, rollout
 from fuserl.run import Run, prepare_folder
 from fuserl.scoring import score
@@ -59,7 +58,7 @@ class RLTrainer:
         """Train and save the policy (and the critic, in `critic/`); returns what summary.json
         says."""
         config = self.config
-        if (finished := prepare_folder(config)) is not None:
+        if (finished := prepare_folder("rl", config)) is not None:
             return finished
         policy = open_policy(config, self._given, dtype=torch.float32)
         prompts = self._prompts(policy)
@@ -68,18 +67,20 @@ class RLTrainer:
         modules: dict[str, nn.Module] = {"policy": policy.model}
         if critic is not None:
             modules["critic"] = critic
-        num_epochs = config.num_epochs or ALGORITHMS[config.algorithm].num_epochs
         optimizer = Optimizer(
             modules,
             config,
-            total_steps=config.steps * num_epochs * config.num_minibatches,
+            total_steps=config.steps * config.passes * config.num_minibatches,
             learning_rates={"critic": config.critic_learning_rate or config.learning_rate},
         )
-        num_tokens = sum(len(prompt.ids) for prompt in prompts)
         facts = {
-            "data": {"rows": len(prompts), "tokens": num_tokens},
+            "data": digest_ids((prompt.ids,) for prompt in prompts),
             "starting policy": digest(policy.model),
         }
+        if isinstance(reward, ModelReward):
+            facts["reward model"] = digest(reward.model)
+        if critic is not None:
+            facts["starting critic"] = digest(critic)
         with Run(
             "rl",
             config,

@@ -23,7 +23,10 @@ def describe(batch: ShapedBatch) -> dict[str, Tensor]:
         return torch.where(included, of_sequence, 0).sum() / included.sum().clamp(min=1)
 
     return {
-        "objective/scores": mean(batch.scores if batch.scores.ndim == 1 else batch.scores.sum(1)),
+        "objective/scores": mean(batch.applied_scores),
+        "objective/raw_scores": mean(
+            batch.scores if batch.scores.ndim == 1 else batch.scores.sum(1)
+        ),
         "objective/kl": mean(batch.kl.sum(1)),
         "objective/entropy": mean(-batch.logprobs.sum(1)),
         "objective/rlhf_reward": mean(batch.rewards.sum(1)),
@@ -71,5 +74,6 @@ def summarize(metrics_file: Path) -> dict[str, float]:
         "scores_first": mean("objective/scores", lines[:tenth]),
         "scores_last": mean("objective/scores", lines[-tenth:]),
         "kl": mean("objective/kl", lines[-tenth:]),
+        "excluded": sum(line["objective/excluded"] for line in lines),
         "rollout_tokens_per_second": mean("throughput/rollout_tokens_per_second", lines),
     }

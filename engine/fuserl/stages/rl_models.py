@@ -7,11 +7,12 @@ import torch
 
 from fuserl.algorithms import ALGORITHMS
 from fuserl.config import RLConfig
+from fuserl.model.config import DecoderConfig
 from fuserl.model.folder import load_scalar_model, resolve_folder, save_model, write_notes
-from fuserl.model.heads import LanguageModel, ScalarModel
+from fuserl.model.heads import ScalarModel
 from fuserl.policy import Policy
 from fuserl.rewards import FunctionReward, ModelReward, Reward, RewardFunction
-from fuserl.tokenizer import load_tokenizer
+from fuserl.tokenizer import Tokenizer, load_tokenizer
 
 
 def load_reward_and_critic(
@@ -25,7 +26,7 @@ def load_reward_and_critic(
     if callable(source):
         reward: Reward = FunctionReward(source, policy.tokenizer, at_tokens=at_tokens)
     else:
-        scorer = _trained_scorer(resolve_folder(source), policy, device)
+        scorer = load_reward_model(resolve_folder(source), policy, device)
         reward = ModelReward(
             scorer.requires_grad_(False),
             microbatch_size=config.microbatch_size,
@@ -36,42 +37,36 @@ def load_reward_and_critic(
     if config.critic_model is not None:
         folder = resolve_folder(config.critic_model)
         critic, _ = load_scalar_model(folder, device=device, head_seed=config.seed)
-        _check_same_ids(critic, folder, policy, "critic")
+        check_same_ids(critic.config, load_tokenizer(folder), policy, f"critic {folder}")
         return reward, critic
     if scorer is not None:
         return reward, copy.deepcopy(scorer).requires_grad_(True)
-    return reward, _critic_on_trunk(policy.model, config.seed)
+    return reward, ScalarModel.on_trunk(policy.model, config.seed)
 
 
-def _trained_scorer(folder: Path, policy: Policy, device: torch.device) -> ScalarModel:
+def load_reward_model(folder: Path, policy: Policy, device: torch.device) -> ScalarModel:
     """A reward model that reads the policy's token ids as they are."""
     model, head_is_new = load_scalar_model(folder, device=device)
     if head_is_new:
         raise ValueError(f"{folder} is no reward model: it has no score.weight")
-    _check_same_ids(model, folder, policy, "reward model")
+    check_same_ids(model.config, load_tokenizer(folder), policy, f"reward model {folder}")
     return model
 
 
-def _check_same_ids(model: ScalarModel, folder: Path, policy: Policy, name: str) -> None:
+def check_same_ids(
+    config: DecoderConfig, tokenizer: Tokenizer | None, policy: Policy, name: str
+) -> None:
     """Refuse a model that would read other tokens out of the policy's ids."""
-    tokenizer = load_tokenizer(folder)
     if tokenizer and policy.tokenizer and not tokenizer.same_ids(policy.tokenizer):
         raise ValueError(
-            f"the {name} {folder} has another tokenizer than the policy {policy.source}: "
+            f"the {name} has another tokenizer than the policy {policy.source}: "
             "train it from the policy's folder"
         )
-    if model.config.vocab_size < policy.model.config.vocab_size:
+    if config.vocab_size < policy.model.config.vocab_size:
         raise ValueError(
-            f"the {name} {folder} has vocab_size {model.config.vocab_size}, and the policy "
+            f"the {name} has vocab_size {config.vocab_size}, and the policy "
             f"{policy.source} {policy.model.config.vocab_size}: it may sample ids beyond it"
         )
-
-
-def _critic_on_trunk(model: LanguageModel, seed: int) -> ScalarModel:
-    critic = ScalarModel(model.config).to(model.device)
-    critic.model.load_state_dict(model.model.state_dict())
-    critic.initialize_head(seed)
-    return critic
 
 
 def save_critic(critic: ScalarModel, policy: Policy, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: next-token loss on the completions, or on every token."""
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fuserl.checkpoint import digest, digest_ids, digest_tokenizer
 from fuserl.config import SFTConfig
 from fuserl.data.batching import pad_rows
 from fuserl.data.examples import PromptCompletion, load_completions
@@ -47,7 +49,9 @@ class SFTTrainer:
         validation_data: Source | None = None,
         **options: Any,
     ) -> None:
-        self._data, self._validation_data = data, validation_data
+        # A tokenizer trained on the rows reads them once more: a generator would be spent.
+        self._data = data if isinstance(data, str | os.PathLike) else list(data)
+        self._validation_data = validation_data
         self._given = model if isinstance(model, Policy) else None
         self.config = SFTConfig(
             model=model.source if isinstance(model, Policy) else str(model),
@@ -60,7 +64,7 @@ class SFTTrainer:
     def train(self) -> dict[str, Any]:
         """Train and save; returns what summary.json says."""
         config = self.config
-        if (finished := prepare_folder(config)) is not None:
+        if (finished := prepare_folder("sft", config)) is not None:
             return finished
         policy = self._policy()
         policy.model.train()
@@ -78,7 +82,19 @@ class SFTTrainer:
         )
         modules = {"policy": policy.model}
         optimizer = Optimizer(modules, config, total_steps=len(plan))
-        with Run("sft", config, total_steps=len(plan), modules=modules, optimizer=optimizer) as run:
+        facts = {
+            "data": digest_ids((e.prompt_ids, e.completion_ids) for e in examples),
+            "tokenizer": digest_tokenizer(policy.text_tokenizer),
+            "starting policy": digest(policy.model),
+        }
+        with Run(
+            "sft",
+            config,
+            total_steps=len(plan),
+            modules=modules,
+            optimizer=optimizer,
+            facts=facts,
+        ) as run:
             last = train_on(
                 run,
                 plan,
