@@ -20,7 +20,7 @@ from fuserl.model.folder import (
     save_model,
     write_notes,
 )
-from fuserl.model.heads import LanguageModel
+from fuserl.model.heads import LanguageModel, ScalarModel
 from fuserl.rollout.decode import check_request, check_token_ids, decode
 from fuserl.rollout.sampling import SamplingParams
 from fuserl.sequences import completion_logprobs, join, mask_of_lengths
@@ -171,10 +171,20 @@ class Policy:
 
     def save(self, folder: str | Path) -> None:
         """Write a Hugging Face folder: weights, configuration, tokenizer."""
-        save_model(self.model, Path(folder))
-        if self.tokenizer:
-            self.tokenizer.save(Path(folder))
-        write_notes(self.notes, Path(folder))
+        save_folder(folder, self.model, self.tokenizer, self.notes)
+
+
+def save_folder(
+    folder: str | Path,
+    model: LanguageModel | ScalarModel,
+    tokenizer: Tokenizer | None,
+    notes: FolderNotes,
+) -> None:
+    """A model with all that its next stage needs."""
+    save_model(model, folder)
+    if tokenizer:
+        tokenizer.save(folder)
+    write_notes(notes, folder)
 
 
 def no_tokenizer(source: str | Path) -> ValueError:

@@ -22,12 +22,10 @@ from fuserl.model.folder import (
     load_config,
     load_scalar_model,
     resolve_folder,
-    save_model,
-    write_notes,
 )
 from fuserl.model.heads import ScalarModel
 from fuserl.optimizer import Optimizer
-from fuserl.policy import Policy
+from fuserl.policy import Policy, save_folder
 from fuserl.run import Run, prepare_folder
 from fuserl.sequences import last_values
 from fuserl.stages.opening import loading, open_notes, open_policy, open_tokenizer, tell
@@ -102,9 +100,7 @@ class RewardTrainer:
                 show=("loss/train", "reward/accuracy"),
             )
             mean = objective.center()
-            save_model(model, run.out)
-            tokenizer.save(run.out)
-            write_notes(notes, run.out)
+            save_folder(run.out, model, tokenizer, notes)
             summary = {"steps": len(plan), "rows": len(rankings), "mean_before_centring": mean}
             return run.finish({**summary, **last})
 

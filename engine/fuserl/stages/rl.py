@@ -14,7 +14,7 @@ from fuserl.data.examples import Prompt, load_prompts
 from fuserl.data.rows import Source, source_name
 from fuserl.model.heads import LanguageModel, ScalarModel
 from fuserl.optimizer import Optimizer
-from fuserl.policy import Policy
+from fuserl.policy import Policy, save_folder
 from fuserl.rewards import FunctionReward, ModelReward, Reward, RewardFunction, observe
 from fuserl.rollout.collect import choose_prompts, rollout
 from fuserl.run import Run, prepare_folder
@@ -22,7 +22,7 @@ from fuserl.scoring import score
 from fuserl.shaping import shape
 from fuserl.stages.opening import loading, open_policy, room_for_prompts, tell
 from fuserl.stages.rl_metrics import Clock, describe, summarize
-from fuserl.stages.rl_models import load_reward_and_critic, save_critic
+from fuserl.stages.rl_models import load_reward_and_critic
 from fuserl.update import update
 
 
@@ -92,7 +92,7 @@ class RLTrainer:
             self._learn(run, policy, prompts, reference, reward, critic, optimizer)
             policy.save(run.out)
             if critic is not None:
-                save_critic(critic, policy, run.out / "critic")
+                save_folder(run.out / "critic", critic, policy.tokenizer, policy.notes)
             return run.finish({"steps": config.steps, **summarize(run.out / "metrics.jsonl")})
 
     def _learn(

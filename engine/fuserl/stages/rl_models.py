@@ -8,7 +8,7 @@ import torch
 from fuserl.algorithms import ALGORITHMS
 from fuserl.config import RLConfig
 from fuserl.model.config import DecoderConfig
-from fuserl.model.folder import load_scalar_model, resolve_folder, save_model, write_notes
+from fuserl.model.folder import load_scalar_model, resolve_folder
 from fuserl.model.heads import ScalarModel
 from fuserl.policy import Policy
 from fuserl.rewards import FunctionReward, ModelReward, Reward, RewardFunction
@@ -67,10 +67,3 @@ def check_same_ids(
             f"the {name} has vocab_size {config.vocab_size}, and the policy "
             f"{policy.source} {policy.model.config.vocab_size}: it may sample ids beyond it"
         )
-
-
-def save_critic(critic: ScalarModel, policy: Policy, folder: Path) -> None:
-    save_model(critic, folder)
-    if policy.tokenizer:
-        policy.tokenizer.save(folder)
-    write_notes(policy.notes, folder)
