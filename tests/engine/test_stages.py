@@ -36,7 +36,6 @@ from fuserl.stages.sft import SFTTrainer
 
 Rows = list[dict[str, Any]]
 ALGORITHMS = ["ppo", "reinforce", "reinforce_baseline"]
-ENGINE = Path(__file__).parents[2]
 
 
 def even_ids(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[list[float]]:
@@ -655,7 +654,7 @@ def test_a_real_ctrl_c(
     out = tmp_path / "run"
     command = [sys.executable, "-m", "fuserl", "rl", f"--model={policy_folder}", f"--data={data}"]
     command += [f"--reward-model={reward_folder}", f"--out={out}", *flags]
-    path = os.pathsep.join([str(ENGINE / "engine"), str(ENGINE / "kernels")])
+    path = os.pathsep.join(sys.path)  # the same packages as here, native kernels and so bits too
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
     process = subprocess.Popen(
