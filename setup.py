@@ -49,6 +49,7 @@ setup(
     ext_modules=native_extensions(),
     install_requires=[
         "torch>=2.11,<2.14",
+        "triton>=3.6,<3.10; platform_system == 'Linux'",
         "transformers>=5.17,<6",
         "tokenizers>=0.22",
         "safetensors>=0.5",
@@ -62,6 +63,7 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100"],
+        "oracles": ["trl==1.16.0", "liger-kernel==0.8.5"],
         "lint": ["ruff", "mypy", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["fuserl=fuserl.cli:main"]},

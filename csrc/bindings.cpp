@@ -4,12 +4,14 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <string>
 
 #include "cpu/token_logprobs.h"
 
 namespace py = pybind11;
 using Address = std::uintptr_t;
 using Size = std::int64_t;
+using fuserl::Dtype;
 
 namespace {
 
@@ -18,34 +20,42 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-fuserl::Rows rows_of(Address logits, bool is_bf16, Size num_rows, Size vocab_size, Size row_stride,
-                     Address token_ids, Address temperatures, double temperature,
+fuserl::Rows rows_of(Address logits, Dtype dtype, Size num_rows, Size vocab_size, Size row_stride,
+                     Address token_ids, Address temperatures, double temperature, float softcap,
                      Address loss_mask) {
-    return {at<const void>(logits),        is_bf16,
-            num_rows,                      vocab_size,
-            row_stride,                    at<const std::int64_t>(token_ids),
-            at<const float>(temperatures), temperature,
+    return {at<const void>(logits),
+            dtype,
+            num_rows,
+            vocab_size,
+            row_stride,
+            at<const std::int64_t>(token_ids),
+            at<const float>(temperatures),
+            temperature,
+            softcap,
             at<const bool>(loss_mask)};
 }
 
-void forward(Address logits, bool is_bf16, Size num_rows, Size vocab_size, Size row_stride,
-             Address token_ids, Address temperatures, double temperature, Address loss_mask,
-             Address logprobs, Address entropy, Address stats, int num_threads) {
+void forward(Address logits, Dtype dtype, Size num_rows, Size vocab_size, Size row_stride,
+             Address token_ids, Address temperatures, double temperature, float softcap,
+             Address loss_mask, Address logprobs, Address entropy, Address stats, int num_threads) {
     fuserl::token_logprobs_forward(
-        rows_of(logits, is_bf16, num_rows, vocab_size, row_stride, token_ids, temperatures,
-                temperature, loss_mask),
-        at<float>(logprobs), at<float>(entropy), at<float>(stats), num_threads);
+        {rows_of(logits, dtype, num_rows, vocab_size, row_stride, token_ids, temperatures,
+                 temperature, softcap, loss_mask),
+         at<float>(logprobs), at<float>(entropy), at<float>(stats)},
+        num_threads);
 }
 
-void backward(Address logits, bool is_bf16, Size num_rows, Size vocab_size, Size row_stride,
-              Address token_ids, Address temperatures, double temperature, Address loss_mask,
-              Address stats, Address entropy, Address grad_logprobs, Address grad_entropy,
-              Address out, Size out_stride, int num_threads) {
+void backward(Address logits, Dtype dtype, Size num_rows, Size vocab_size, Size row_stride,
+              Address token_ids, Address temperatures, double temperature, float softcap,
+              Address loss_mask, Address stats, Address entropy, Address grad_logprobs,
+              Address grad_entropy, Address out, Dtype out_dtype, Size out_stride, bool out_is_new,
+              int num_threads) {
     fuserl::token_logprobs_backward(
-        rows_of(logits, is_bf16, num_rows, vocab_size, row_stride, token_ids, temperatures,
-                temperature, loss_mask),
-        at<const float>(stats), at<const float>(entropy), at<const float>(grad_logprobs),
-        at<const float>(grad_entropy), at<void>(out), out_stride, num_threads);
+        {rows_of(logits, dtype, num_rows, vocab_size, row_stride, token_ids, temperatures,
+                 temperature, softcap, loss_mask),
+         at<const float>(stats), at<const float>(entropy), at<const float>(grad_logprobs),
+         at<const float>(grad_entropy), at<void>(out), out_dtype, out_stride, out_is_new},
+        num_threads);
 }
 
 py::dict build_info() {
@@ -58,13 +68,19 @@ py::dict build_info() {
 PYBIND11_MODULE(_native, module) {
     using namespace py::literals;
     using Unlocked = py::call_guard<py::gil_scoped_release>;
+    py::enum_<Dtype>(module, "Dtype")
+        .value("float32", Dtype::kFloat32)
+        .value("bfloat16", Dtype::kBFloat16)
+        .value("float16", Dtype::kFloat16);
     module.def("build_info", &build_info);
-    module.def("token_logprobs_forward", &forward, py::kw_only(), "logits"_a, "is_bf16"_a,
+    module.def("set_instruction_set", &fuserl::set_instruction_set, "name"_a);
+    module.def("token_logprobs_forward", &forward, py::kw_only(), "logits"_a, "dtype"_a,
                "num_rows"_a, "vocab_size"_a, "row_stride"_a, "token_ids"_a, "temperatures"_a,
-               "temperature"_a, "loss_mask"_a, "logprobs"_a, "entropy"_a, "stats"_a,
+               "temperature"_a, "softcap"_a, "loss_mask"_a, "logprobs"_a, "entropy"_a, "stats"_a,
                "num_threads"_a, Unlocked());
-    module.def("token_logprobs_backward", &backward, py::kw_only(), "logits"_a, "is_bf16"_a,
+    module.def("token_logprobs_backward", &backward, py::kw_only(), "logits"_a, "dtype"_a,
                "num_rows"_a, "vocab_size"_a, "row_stride"_a, "token_ids"_a, "temperatures"_a,
-               "temperature"_a, "loss_mask"_a, "stats"_a, "entropy"_a, "grad_logprobs"_a,
-               "grad_entropy"_a, "out"_a, "out_stride"_a, "num_threads"_a, Unlocked());
+               "temperature"_a, "softcap"_a, "loss_mask"_a, "stats"_a, "entropy"_a,
+               "grad_logprobs"_a, "grad_entropy"_a, "out"_a, "out_dtype"_a, "out_stride"_a,
+               "out_is_new"_a, "num_threads"_a, Unlocked());
 }

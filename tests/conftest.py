@@ -1,9 +1,14 @@
 """Fixtures every test shares: a fixed seed, and uninitialised memory that is visibly wrong."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton's kernels run in its interpreter; it is asked for before anything imports Triton.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

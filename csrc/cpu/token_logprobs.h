@@ -1,37 +1,60 @@
-// Rows of log_softmax(logits / temperature) at one token each: forward and backward on the CPU.
+// Rows of log_softmax(x / temperature) at one token each, with x = softcap * tanh(logits / softcap)
+// or the logits themselves: forward and backward on the CPU.
 //
-// float32 or bf16 logits [num_rows, vocab_size] with any row stride and unit column stride;
-// arithmetic in float32, row sums in double. A row's result does not depend on the number of rows
-// or threads. Formulas: kernels/fuserl_kernels/reference/logprobs.py.
+// Logits [num_rows, vocab_size] with any row stride and unit column stride; arithmetic in float32,
+// row sums in double. A row's result depends on nothing but the row and the instruction set, so
+// the number of rows and threads changes no bit. Formulas:
+// kernels/fuserl_kernels/reference/logprobs.py.
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace fuserl {
 
+enum class Dtype { kFloat32, kBFloat16, kFloat16 };
+
 struct Rows {
     const void* logits;
-    bool is_bf16;
+    Dtype dtype;
     std::int64_t num_rows;
     std::int64_t vocab_size;
-    std::int64_t row_stride;          // in elements
-    const std::int64_t* token_ids;    // [num_rows]; outside [0, vocab_size) gives NaN
-    const float* temperatures;        // [num_rows], or null for `temperature`
+    std::int64_t row_stride;        // in elements
+    const std::int64_t* token_ids;  // [num_rows]; outside [0, vocab_size) gives NaN
+    const float* temperatures;      // [num_rows], or null for `temperature`
     double temperature;
-    const bool* loss_mask;            // [num_rows], or null; a masked row is never read
+    float softcap;                  // 0 for none
+    const bool* loss_mask;          // [num_rows], or null; a masked row is never read
 };
 
-// logprobs [num_rows]; entropy [num_rows] or null; stats [2, num_rows] = (max, log_sum).
-void token_logprobs_forward(const Rows& rows, float* logprobs, float* entropy, float* stats,
-                            int num_threads);
+struct Forward {
+    Rows rows;
+    float* logprobs;  // [num_rows]
+    float* entropy;   // [num_rows], or null
+    float* stats;     // [2, num_rows]: largest x, log of sum_v exp((x_v - largest) / temperature)
+};
 
-// out [num_rows, vocab_size] in the dtype of the logits, and may be the logits themselves;
-// entropy and grad_entropy [num_rows], or both null.
-void token_logprobs_backward(const Rows& rows, const float* stats, const float* entropy,
-                             const float* grad_logprobs, const float* grad_entropy, void* out,
-                             std::int64_t out_stride, int num_threads);
+struct Backward {
+    Rows rows;
+    const float* stats;
+    const float* entropy;        // [num_rows], or null with grad_entropy
+    const float* grad_logprobs;  // [num_rows]
+    const float* grad_entropy;   // [num_rows], or null
+    // [num_rows, vocab_size]: the gradient of the logits, in their dtype, and perhaps in their
+    // place; or bfloat16 for float32 logits, perhaps with each row starting where its logits do.
+    void* out;
+    Dtype out_dtype;
+    std::int64_t out_stride;  // in elements of out
+    bool out_is_new;          // memory that nobody has touched: worth asking for large pages
+};
 
-// "avx512", "avx2" or "baseline": what the functions above use on this machine.
+// Throw std::invalid_argument for a pair of dtypes that has no implementation.
+void token_logprobs_forward(const Forward& task, int num_threads);
+void token_logprobs_backward(const Backward& task, int num_threads);
+
+// "avx512", "avx2" or "baseline": what the functions above use; the best that this machine has
+// until set_instruction_set chooses. It throws std::invalid_argument for a set not to be had here.
 const char* instruction_set();
+void set_instruction_set(const std::string& name);
 
 }  // namespace fuserl

@@ -22,6 +22,8 @@ class Command:
     function: str
     """module:function, called with the configuration (without one: with nothing)."""
     help: str
+    positional: str | None = None
+    """The option whose value may come first, without its flag."""
 
 
 COMMANDS = {
@@ -44,6 +46,12 @@ COMMANDS = {
         configs.EvaluateConfig,
         "fuserl.evaluate:run_evaluate",
         "loss, ROUGE-L and win rate of a policy; accuracy of a reward model",
+    ),
+    "bench": Command(
+        configs.BenchConfig,
+        "fuserl.bench.run:run_bench",
+        "time an op against torch, TRL, Liger and others; every answer is checked first",
+        positional="op",
     ),
     "doctor": Command(
         None, "fuserl.doctor:run_doctor", "what is installed, what is in use, what would be faster"
@@ -87,6 +95,8 @@ def _run(command: Command, name: str, flags: list[str]) -> int:
             return 0 if flags[0] in ("-h", "--help") else 2
         _load(command.function)()
         return 0
+    if command.positional is not None and flags and not flags[0].startswith("-"):
+        flags = [f"--{command.positional}={flags[0]}", *flags[1:]]
     config = parse(command.config, flags, prog=f"fuserl {name}")
     _load(command.function)(config)
     return 0

@@ -16,6 +16,14 @@ def _require_positive(config: object, *names: str) -> None:
             raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
 
 
+def _refuse_unknown_choices(config: object) -> None:
+    for name, kind in get_type_hints(type(config)).items():
+        if get_origin(kind) is Literal and getattr(config, name) not in get_args(kind):
+            raise ValueError(
+                f"{name} must be one of {get_args(kind)}, got {getattr(config, name)!r}"
+            )
+
+
 def _refuse_resume_and_overwrite(resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise ValueError("resume and overwrite exclude each other: go on, or start again?")
@@ -46,11 +54,7 @@ class DataConfig:
     """Default: the CUDA device of LOCAL_RANK if there is one, else the CPU."""
 
     def __post_init__(self) -> None:
-        for name, kind in get_type_hints(type(self)).items():
-            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
-                raise ValueError(
-                    f"{name} must be one of {get_args(kind)}, got {getattr(self, name)!r}"
-                )
+        _refuse_unknown_choices(self)
         _require_positive(self, "batch_size")
 
 
@@ -327,3 +331,46 @@ class QuickstartConfig:
 
     def __post_init__(self) -> None:
         _refuse_resume_and_overwrite(self.resume, self.overwrite)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchConfig:
+    """Time an op against its rivals: `fuserl bench OP`. Every answer is checked first."""
+
+    op: str
+    """Also without the flag: token_logprobs, linear_token_logprobs or linear_policy_loss."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a CUDA device if there is one."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of logits, hidden and weight. auto: fp32 on a CPU, bf16 on a GPU."""
+    num_rows: int | None = None
+    """Tokens, N. Defaults of the sizes: those of the op and device."""
+    hidden_size: int | None = None
+    """D."""
+    vocab_size: int | None = None
+    """V."""
+    passes: Literal["all", "forward", "forward_backward"] = "all"
+    """all: both, but for a loss forward and backward only."""
+    with_entropy: bool = False
+    """Also the entropy of each row (in a loss: its bonus)."""
+    inplace_grad: bool = False
+    """Let the gradient overwrite the logits, where a provider can."""
+    providers: str = "all"
+    """Names with commas between; plain torch always joins, for the ratios."""
+    rounds: int = 25
+    """Samples of each provider, at most."""
+    budget_seconds: float = 60.0
+    """Of the timed rounds together; three rounds are made in any case."""
+    threads: int | None = None
+    """Of the CPU. Default: torch's."""
+    json: str | None = None
+    """File for everything that was measured."""
+    plot: str | None = None
+    """PNG file for bars."""
+
+    def __post_init__(self) -> None:
+        _refuse_unknown_choices(self)
+        _require_positive(self, "rounds", "budget_seconds")
+        for name in ("num_rows", "hidden_size", "vocab_size", "threads"):
+            if getattr(self, name) is not None:
+                _require_positive(self, name)

@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from fuserl_kernels import native
+from fuserl_kernels import native, triton_runtime
 
 CHOICES = ("auto", "triton", "native", "reference")
 Table = Mapping[str, Callable]
 
-_DEVICES = {"triton": "cuda", "native": "cpu"}
+_DEVICES = {"triton": triton_runtime.device_type(), "native": "cpu"}
 _DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
-    "native": (torch.float32, torch.bfloat16),
+    "native": (torch.float32, torch.bfloat16, torch.float16),
 }
 
 
@@ -56,6 +56,8 @@ def _why_not(choice: str, table: Table, tensor: torch.Tensor) -> str | None:
         return f"the op has no such implementation; choose one of {', '.join(('auto', *table))}"
     if choice == "reference":
         return None
+    if choice == "triton" and (absent := triton_runtime.why_absent()) is not None:
+        return absent
     if tensor.device.type != _DEVICES[choice]:
         return f"it needs a {_DEVICES[choice]} tensor, not {tensor.device}; move the tensors"
     if tensor.dtype not in _DTYPES[choice]:
@@ -82,5 +84,6 @@ def available() -> dict[str, str]:
     reason = native.why_absent()
     report = {"reference": "yes"}
     report["native"] = f"yes ({native.describe()})" if reason is None else f"no: {reason}"
-    report["triton"] = "no: no op has a Triton implementation in this version"
+    reason = triton_runtime.why_absent()
+    report["triton"] = f"yes ({triton_runtime.describe()})" if reason is None else f"no: {reason}"
     return report

@@ -1,16 +1,28 @@
 """Policy loss straight from hidden states: linear_token_logprobs and policy_loss as one op.
 
-The gradients of hidden, weight and bias are made in the forward pass, chunk by chunk, so that with
-a token-level ratio no logits are computed twice (6 N D V flops). Formulas: reference/policy.py.
+    policy_loss(linear_token_logprobs(hidden, weight, token_ids, ...), logprobs, advantages, ...)
+
+The gradients of hidden, weight and bias are made in the forward pass: each chunk of logits turns
+into its gradient at once and no logits are computed twice (6 N D V flops). With a token-level ratio
+a row needs nothing from other rows but its weight in the mean. With a sequence-level ratio chunks
+end where sequences end; only a sequence longer than a chunk is computed twice (8 N D V). Formulas:
+reference/policy.py.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from fuserl_kernels import checks
-from fuserl_kernels.linear_token_logprobs import check_projection, fake_gradients
+from fuserl_kernels.linear_token_logprobs import (
+    KERNELS,
+    check_projection,
+    fake_gradients,
+    gradient_dtype,
+    takes_wide_gradient,
+)
 from fuserl_kernels.policy_loss import (
     OPTIONS_SCHEMA,
     check_layout,
@@ -21,21 +33,230 @@ from fuserl_kernels.policy_loss import (
     policy_metrics,
     policy_options,
     save_gradients,
-    scaled_gradients,
     token_advantages,
 )
-from fuserl_kernels.reference.logprobs import ROWS
-from fuserl_kernels.reference.policy import METRICS, PolicyOptions, linear_policy_loss_fwd
+from fuserl_kernels.projection import Kernels, Projection
+from fuserl_kernels.reference.policy import (
+    METRICS,
+    PolicyOptions,
+    aggregation_weights,
+    policy_gradient,
+    policy_loss_fwd,
+)
+from fuserl_kernels.reference.sequences import compute_dtype, sequence_sum
 from fuserl_kernels.registration import register
-from fuserl_kernels.token_logprobs import NATIVE_ROWS
+from fuserl_kernels.triton_policy_rows import policy_rows_triton
 
+# --- by chunks of rows: any implementation of token_logprobs' rows
+
+
+class _Rows:
+    """The rows that train, computed unit by unit: a chunk, or a sequence longer than one."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        projection: Projection,
+        token_ids: torch.Tensor,
+        temperatures: torch.Tensor | None,
+        temperature: float,
+        softcap: float,
+    ) -> None:
+        self._kernels, self._projection = kernels, projection
+        self._token_ids, self._temperatures = token_ids, temperatures
+        self._numbers = (temperature, softcap)
+        num_rows, dtype = token_ids.shape[0], compute_dtype(projection.weight)
+        self.logprobs = projection.weight.new_zeros(num_rows, dtype=dtype)
+        self.entropy = torch.zeros_like(self.logprobs)
+        self._stats = self.logprobs.new_zeros(2, num_rows)
+
+    def _arguments(self, rows: slice) -> tuple:
+        return (
+            self._projection.take(self._token_ids, rows),
+            self._projection.take_optional(self._temperatures, rows),
+            *self._numbers,
+        )
+
+    def _put(self, rows: slice, logprobs: torch.Tensor, entropy: torch.Tensor) -> None:
+        self._projection.put(self.logprobs, rows, logprobs)
+        self._projection.put(self.entropy, rows, entropy)
+
+    def in_one_pass(
+        self, rows: slice, policy_rows: Callable, per_token: tuple, options: PolicyOptions
+    ) -> None:
+        """Forward and backward of a chunk whose rows need nothing from each other."""
+        logits = self._projection.logits(rows)
+        gradient = self._projection.gradient_over(logits)
+        self._put(rows, *policy_rows(logits, *self._arguments(rows), *per_token, options, gradient))
+        self._projection.backward(rows, gradient)
+
+    def forward(self, rows: slice) -> torch.Tensor:
+        """Fill in the rows' log-probabilities and entropies; returns their logits."""
+        logits = self._projection.logits(rows)
+        logprobs, entropy, stats = self._kernels.forward(logits, *self._arguments(rows), None, True)
+        self._put(rows, logprobs, entropy)
+        self._projection.put(self._stats, rows, stats)
+        return logits
+
+    def backward(
+        self,
+        rows: slice,
+        logits: torch.Tensor,
+        grad_logprobs: torch.Tensor,
+        grad_entropy: torch.Tensor | None,
+    ) -> None:
+        projection = self._projection
+        gradient = self._kernels.backward(
+            logits,
+            *self._arguments(rows),
+            None,
+            projection.take(self._stats.t(), rows).t(),
+            projection.take(self.entropy, rows),
+            grad_logprobs,
+            grad_entropy,
+            projection.gradient_over(logits),
+        )
+        projection.backward(rows, gradient)
+
+
+def _sequence_lengths(loss_mask: torch.Tensor, cu_seqlens: torch.Tensor | None) -> list[int]:
+    return sequence_sum(loss_mask.long(), cu_seqlens).tolist()
+
+
+def _units(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Runs of whole sequences that fit a chunk together; one too long for it is alone."""
+    units: list[list[int]] = []
+    room = 0
+    for length in lengths:
+        if length == 0:
+            continue
+        if length > room:
+            units.append([])
+            room = capacity
+        units[-1].append(length)
+        room -= length
+    return units
+
+
+def forward_by_chunks(
+    kernels: Kernels,
+    policy_rows: Callable | None,  # an implementation's single pass for a token-level ratio
+    hidden: torch.Tensor,  # [N, D]
+    weight: torch.Tensor,  # [V, D]
+    bias: torch.Tensor | None,
+    token_ids: torch.Tensor,  # [N]
+    logprobs: torch.Tensor,  # [B, T] with B * T = N, or packed [N]
+    advantages: torch.Tensor,
+    loss_mask: torch.Tensor,
+    temperatures: torch.Tensor | None,  # [N]
+    temperature: float,
+    softcap: float,
+    denominator: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    ref_logprobs: torch.Tensor | None,
+    ratio_level: str,
+    clip: str,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+    aggregation: str,
+    kl_coef: float,
+    kl_estimator: str,
+    entropy_coef: float,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    wide_weight_grad: bool,
+    weight_total: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns loss, metrics in the order of METRICS, and the gradients of hidden, weight and bias
+    ([0] where not needed). The weight's is added to weight_total instead, if that is given."""
+    options = PolicyOptions(
+        ratio_level,
+        clip,
+        clip_low,
+        clip_high,
+        dual_clip,
+        aggregation,
+        kl_coef,
+        kl_estimator,
+        entropy_coef,
+    )
+    kept = loss_mask.reshape(-1).nonzero().squeeze(-1)
+    projection = Projection(kernels, hidden, weight, bias, kept)
+    projection.want_gradients(needs_hidden, needs_weight, needs_bias, weight_total)
+    rows_of = _Rows(kernels, projection, token_ids, temperatures, temperature, softcap)
+    weights = aggregation_weights(
+        loss_mask, cu_seqlens, aggregation, denominator, compute_dtype(weight)
+    )
+
+    flat_ref = None if ref_logprobs is None else ref_logprobs.reshape(-1)
+    num_rows = projection.num_rows
+    by_token = ratio_level == "token"
+    if by_token or not projection.wants_gradients:
+        units = [[rows.stop - rows.start] for rows in projection.slices(0, num_rows)]
+    else:
+        units = _units(_sequence_lengths(loss_mask, cu_seqlens), projection.capacity)
+    start = 0
+    for lengths in units:
+        unit = slice(start, start + sum(lengths))
+        start = unit.stop
+        chunks = projection.slices(unit.start, unit.stop)
+        per_token = (
+            projection.take(logprobs.reshape(-1), unit),
+            projection.take(advantages.reshape(-1), unit),
+            projection.take(weights.reshape(-1), unit),
+            projection.take_optional(flat_ref, unit),
+        )
+        if policy_rows is not None and by_token and projection.wants_gradients:
+            rows_of.in_one_pass(unit, policy_rows, per_token, options)
+            continue
+        for rows in chunks:
+            logits = rows_of.forward(rows)
+        if not projection.wants_gradients:
+            continue
+        grad_logprobs, grad_entropy = policy_gradient(
+            projection.take(rows_of.logprobs, unit),
+            *per_token,
+            None if by_token else torch.tensor([0, *lengths], device=hidden.device).cumsum(0),
+            options,
+        )
+        for rows in chunks:
+            if len(chunks) > 1:
+                logits = projection.logits(rows)
+            here = slice(rows.start - unit.start, rows.stop - unit.start)
+            rows_of.backward(
+                rows,
+                logits,
+                grad_logprobs[here],
+                None if grad_entropy is None else grad_entropy[here],
+            )
+
+    loss, metrics, _, _ = policy_loss_fwd(
+        rows_of.logprobs.view(loss_mask.shape),
+        logprobs,
+        advantages,
+        loss_mask,
+        denominator,
+        cu_seqlens,
+        ref_logprobs,
+        rows_of.entropy.view(loss_mask.shape),
+        *options,
+        False,
+    )
+    return loss, metrics, *projection.gradients(gradient_dtype(weight, wide_weight_grad))
+
+
+# --- the op
+
+_POLICY_ROWS = {"triton": policy_rows_triton}
 FORWARD = {
-    "reference": functools.partial(linear_policy_loss_fwd, ROWS),
-    "native": functools.partial(linear_policy_loss_fwd, NATIVE_ROWS),
+    name: functools.partial(forward_by_chunks, kernels, _POLICY_ROWS.get(name))
+    for name, kernels in KERNELS.items()
 }
 
 _CU_SEQLENS = 11  # position in the schema
-_NUM_INPUTS = 13 + len(PolicyOptions._fields) + 3
+_NUM_INPUTS = 13 + len(PolicyOptions._fields) + 4
 
 
 def _fake(
@@ -44,7 +265,7 @@ def _fake(
     wide = weight if weight.dtype == torch.float64 else hidden
     return (
         *fake_loss(wide, len(METRICS)),
-        *fake_gradients(hidden, weight, bias, *rest[-3:]),
+        *fake_gradients(hidden, weight, bias, *rest[-4:]),
     )
 
 
@@ -56,27 +277,98 @@ def _check_data(*inputs: Any) -> None:
     checks.cu_seqlens_data(inputs[_CU_SEQLENS], loss_mask.numel())
 
 
+def _hand_out(ctx: Any, grad_loss: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The saved gradients times that of the loss, scaled where they lie: a copy would be as large
+    as the weight. So they can be handed out once."""
+    if ctx.handed_out:
+        raise RuntimeError(
+            "linear_policy_loss hands out its gradients once; call it again for a second backward"
+        )
+
+    def scaled(gradient: torch.Tensor, loss_gradient: torch.Tensor) -> torch.Tensor:
+        # Another type is a tracer's, whose compiler plans the memory itself and forbids this.
+        if type(gradient) is torch.Tensor:
+            ctx.handed_out = True
+            return gradient.mul_(loss_gradient)
+        return gradient * loss_gradient
+
+    if grad_loss is None:
+        return [None] * len(ctx.made)
+    gradients = zip(ctx.saved_tensors, ctx.made, strict=True)
+    return [scaled(g, grad_loss) if made else None for g, made in gradients]
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     save_gradients(ctx, output)
-    ctx.made = inputs[-3:]
+    ctx.made, ctx.handed_out = inputs[-4:-1], False
 
 
 def _backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple:
-    return (*scaled_gradients(ctx, grad_loss), *[None] * (_NUM_INPUTS - 3))
+    return (*_hand_out(ctx, grad_loss), *[None] * (_NUM_INPUTS - 3))
 
 
-_op = register(
-    "linear_policy_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, "
+_INPUTS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, "
     "Tensor logprobs, Tensor advantages, Tensor loss_mask, Tensor? temperatures, "
     "float temperature, float softcap, Tensor? denominator, Tensor? cu_seqlens, "
     f"Tensor? ref_logprobs, {OPTIONS_SCHEMA}, bool needs_hidden, bool needs_weight, "
-    "bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool needs_bias, bool wide_weight_grad"
+)
+_op = register(
+    f"linear_policy_loss({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     FORWARD,
     _fake,
     check=_check_data,
     setup_context=_setup_context,
     backward=_backward,
 )
+
+
+def _into_total(implementation: Any) -> Any:
+    def run(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        loss, metrics, grad_hidden, _, grad_bias = implementation(*arguments)
+        return loss, metrics, grad_hidden, grad_bias
+
+    return run
+
+
+def _fake_into_total(*inputs: Any) -> tuple[torch.Tensor, ...]:
+    loss, metrics, grad_hidden, _, grad_bias = _fake(*inputs[:-1])
+    return loss, metrics, grad_hidden, grad_bias
+
+
+_op_into_total = register(
+    f"linear_policy_loss_({_INPUTS}, Tensor(a!) weight_total) -> (Tensor, Tensor, Tensor, Tensor)",
+    {name: _into_total(function) for name, function in FORWARD.items()},
+    _fake_into_total,
+    check=lambda *inputs: _check_data(*inputs[:-1]),
+)
+
+
+class _AccumulatedLoss(torch.autograd.Function):
+    """The same op with the weight's gradient added to a tensor of the caller's in forward."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple:
+        output = _op_into_total(*inputs)
+        save_gradients(ctx, output)
+        ctx.made, ctx.handed_out = (inputs[-5], inputs[-3]), False
+        return output[:2]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: torch.Tensor | None, _: Any) -> tuple:
+        if grad_loss is not None:
+            torch._assert_async(
+                grad_loss == 1,
+                "with weight_grad the weight's gradient is added in the forward pass, so the loss "
+                "must be differentiated as it is: scale it by denominator instead",
+            )
+        grad_hidden, grad_bias = _hand_out(ctx, grad_loss)
+        return (grad_hidden, None, grad_bias, *[None] * (_NUM_INPUTS - 2))
+
+
+# --- public
 
 
 def linear_policy_loss(
@@ -102,15 +394,20 @@ def linear_policy_loss(
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
     entropy_coef: float = 0.0,
+    weight_grad: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """policy_loss of linear_token_logprobs(hidden, weight, token_ids), with equal gradients.
 
     hidden: [B, T, D], or packed [N, D]; token_ids, logprobs, loss_mask and the rest: [B, T] or [N].
     bias, temperature, softcap: as in linear_token_logprobs. The other options are those of
     policy_loss; the entropy of entropy_coef is computed inside, and is always among the metrics.
+    weight_grad: float32 [V, D], to which the weight's gradient is added in the forward pass
+        (unless grad mode is off), instead of one handed to autograd: microbatches then share one
+        float32 sum. The loss must then be differentiated as it is, not scaled.
 
     Returns the 0-d loss and the metrics of policy_loss. Gradients reach hidden, weight and bias;
-    they are held from forward to backward in the dtypes of their inputs.
+    they are held from forward to backward in the dtypes of their inputs (the weight's in float32
+    if weight.grad_dtype says so), and handed out once: a second backward raises.
     """
     check_projection(hidden, weight, bias, token_ids, softcap)
     temperatures, number = checks.temperature(temperature, token_ids)
@@ -129,7 +426,7 @@ def linear_policy_loss(
     )
     check_layout(loss_mask, cu_seqlens, options)
     check_reference(options, ref_logprobs)
-    loss, metrics, *_ = _op(
+    inputs = (
         hidden.reshape(token_ids.numel(), hidden.shape[-1]),
         weight,
         bias,
@@ -145,7 +442,22 @@ def linear_policy_loss(
         constant_like("ref_logprobs", ref_logprobs, "token_ids", token_ids),
         *options,
         checks.wants_grad(hidden),
-        checks.wants_grad(weight),
+        checks.wants_grad(weight) and weight_grad is None,
         checks.wants_grad(bias),
+        takes_wide_gradient(weight),
     )
+    if weight_grad is not None:
+        _check_weight_grad(weight_grad, weight)
+    if weight_grad is not None and torch.is_grad_enabled():
+        loss, metrics = _AccumulatedLoss.apply(*inputs, weight_grad)
+    else:
+        loss, metrics, *_ = _op(*inputs)
     return loss, policy_metrics(metrics, ref_logprobs is not None, True)
+
+
+def _check_weight_grad(weight_grad: torch.Tensor, weight: torch.Tensor) -> None:
+    checks.like("weight_grad", weight_grad, "weight", weight)
+    if weight_grad.dtype != compute_dtype(weight):
+        raise ValueError(f"weight_grad must be {compute_dtype(weight)}, not {weight_grad.dtype}")
+    if weight_grad.requires_grad or not weight_grad.is_contiguous():
+        raise ValueError("weight_grad must be contiguous and require no gradient of its own")

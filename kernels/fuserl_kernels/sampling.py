@@ -10,15 +10,14 @@ from typing import Any
 import torch
 
 from fuserl_kernels import checks
-from fuserl_kernels.reference.logprobs import ROWS
 from fuserl_kernels.reference.sampling import sample_tokens_fwd
 from fuserl_kernels.reference.sequences import compute_dtype
 from fuserl_kernels.registration import register
-from fuserl_kernels.token_logprobs import NATIVE_ROWS
+from fuserl_kernels.token_logprobs import FORWARD as ROW_FORWARD
 
 FORWARD = {
-    "reference": functools.partial(sample_tokens_fwd, ROWS),
-    "native": functools.partial(sample_tokens_fwd, NATIVE_ROWS),
+    name: functools.partial(sample_tokens_fwd, ROW_FORWARD[name])
+    for name in ("reference", "native")
 }
 
 

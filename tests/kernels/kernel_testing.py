@@ -4,16 +4,17 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from fuserl_kernels import native
+from fuserl_kernels import native, triton_runtime
 
 
 def runnable(table: Mapping[str, Callable]) -> list[str]:
     """The implementations of an op that can run on this machine's CPU."""
-    return [
-        name
-        for name in table
-        if name == "reference" or (name == "native" and native.why_absent() is None)
-    ]
+    runs = {
+        "reference": True,
+        "native": native.why_absent() is None,
+        "triton": triton_runtime.INTERPRETING,
+    }
+    return [name for name in table if runs[name]]
 
 
 def assert_error_rule(

@@ -25,9 +25,9 @@ def test_unknown_name_lists_the_valid_ones():
 def test_an_op_without_the_implementation_raises():
     with (
         fk.use_backend("triton"),
-        pytest.raises(RuntimeError, match=r"token_logprobs cannot run .*'triton'.* auto"),
+        pytest.raises(RuntimeError, match=r"masked_whiten cannot run .*'triton'.* auto"),
     ):
-        fk.token_logprobs(LOGITS, IDS)
+        fk.masked_whiten(LOGITS, LOGITS == 0)
     with (
         fk.use_backend("native"),
         pytest.raises(RuntimeError, match=r"masked_whiten cannot run .*'native'"),
@@ -35,8 +35,8 @@ def test_an_op_without_the_implementation_raises():
         fk.masked_whiten(LOGITS, LOGITS == 0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_a_dtype_that_cannot_run_raises_and_auto_takes_the_reference(dtype):
+def test_a_dtype_that_cannot_run_raises_and_auto_takes_the_reference():
+    dtype = torch.float64
     with fk.use_backend("native"), pytest.raises(RuntimeError, match=f"not {dtype}"):
         fk.token_logprobs(LOGITS.to(dtype), IDS)
     assert fk.token_logprobs(LOGITS.to(dtype), IDS).isfinite().all()
@@ -56,7 +56,7 @@ def test_the_choice_reaches_other_threads_and_ends_with_the_block():
 
     def call():
         try:
-            fk.token_logprobs(LOGITS, IDS)
+            fk.masked_whiten(LOGITS, LOGITS == 0)
         except RuntimeError as error:
             seen.append(str(error))
 
@@ -72,9 +72,9 @@ def test_the_choice_reaches_other_threads_and_ends_with_the_block():
 def test_blocks_nest():
     with fk.use_backend("triton"):
         with fk.use_backend("reference"):
-            fk.token_logprobs(LOGITS, IDS)
+            fk.masked_whiten(LOGITS, LOGITS == 0)
         with pytest.raises(RuntimeError):
-            fk.token_logprobs(LOGITS, IDS)
+            fk.masked_whiten(LOGITS, LOGITS == 0)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 """linear_token_logprobs: equal to token_logprobs of the dense logits, chunked or not."""
 
+import itertools
+
 import pytest
 import torch
 from kernel_testing import assert_error_rule, opcheck, runnable
 
 import fuserl_kernels as fk
 from fuserl_kernels.linear_token_logprobs import FORWARD
-from fuserl_kernels.reference import logprobs as reference
 
 BACKENDS = runnable(FORWARD)
 
@@ -36,7 +37,7 @@ def inputs(dtype=torch.float32, shape=(4, 5), dim=8, vocab_size=30):
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_equals_dense_logits(backend, rows_per_chunk, softcap, with_bias, monkeypatch):
     hidden, weight, bias, token_ids = inputs()
-    monkeypatch.setattr(reference, "CHUNK_BYTES", rows_per_chunk * 4 * weight.shape[0])
+    monkeypatch.setattr("fuserl_kernels.projection.chunk_rows", lambda *_: rows_per_chunk)
     mask = torch.rand(4, 5) > 0.3
     temperature = torch.rand(4, 5) + 0.5
     g, h = torch.randn(4, 5), torch.randn(4, 5)
@@ -59,23 +60,54 @@ def test_equals_dense_logits(backend, rows_per_chunk, softcap, with_bias, monkey
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_is_no_more_than_pytorch_makes(backend, dtype):
-    if backend == "native" and dtype == torch.float16:
-        pytest.skip("native takes float32 and bf16")
-    hidden, weight, _, token_ids = inputs(dtype, (16,), 64, 1000)
-    g, h = torch.randn(16), torch.randn(16)
+    check_error(backend, dtype, num_rows=16, dim=64, vocab_size=1000)
+
+
+# The interpreter walks tiles one by one: one large vocabulary there, all of them elsewhere.
+LARGE = [(b, v) for b in BACKENDS for v in (32000, 128256, 151936) if b != "triton" or v == 32000]
+
+
+@pytest.mark.parametrize(
+    ("backend", "vocab_size"), [*itertools.product(BACKENDS, (1, 2, 1280)), *LARGE]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vocabulary_sizes_and_an_odd_hidden_size(backend, vocab_size, dtype):
+    check_error(backend, dtype, num_rows=3, dim=33, vocab_size=vocab_size)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
+@pytest.mark.parametrize("num_rows", [1, 127, 8192])
+def test_row_counts(backend, num_rows):
+    check_error(backend, torch.float32, num_rows=num_rows, dim=5, vocab_size=300)
+
+
+def check_error(backend, dtype, *, num_rows, dim, vocab_size):
+    hidden, weight, _, token_ids = inputs(dtype, (num_rows,), dim, vocab_size)
+    g, h = torch.randn(num_rows), torch.randn(num_rows)
 
     def run(function, cast):
         leaves = [hidden.to(cast).requires_grad_(), weight.to(cast).requires_grad_()]
         outputs = function(*leaves, token_ids)
         return [*outputs, *gradients(outputs, (g, h), leaves)]
 
-    truth, peer = run(dense, torch.float64), run(dense, torch.float32)
+    truth = run(dense, torch.float64)
+    # Values are held to PyTorch's float32 products, whatever the dtype: bf16 throughout is off by
+    # 0.03. From bf16 operands a CPU keeps 17 bits or more of a logit. Gradients come back in the
+    # dtype and are held to PyTorch's in the dtype.
+    values, narrow = run(dense, torch.float32)[:2], run(dense, dtype)[2:]
     with fk.use_backend(backend):
         mine = run(lambda *tensors: fk.linear_token_logprobs(*tensors, return_entropy=True), dtype)
-    rounding = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
-    for index, (got, other, true) in enumerate(zip(mine, peer, truth, strict=True)):
-        scale = rounding * true.abs().max() if index > 1 else 5e-6
-        assert_error_rule(got, other.detach(), true.detach(), float(scale))
+    largest_logit = float(
+        hidden.detach().double().norm(dim=-1).max() * weight.double().norm(dim=-1).max()
+    )
+    tolerance = 5e-6 + (2.0**-17 * largest_logit if dtype == torch.bfloat16 else 0)
+    for got, peer, true in zip(mine[:2], values, truth[:2], strict=True):
+        assert_error_rule(got, peer.detach(), true.detach(), tolerance)
+    for got, peer, true in zip(mine[2:], narrow, truth[2:], strict=True):
+        rounding = 1e-6 if dtype == torch.float32 else 4e-3
+        if backend == "triton":  # backward's products are others than forward's: p is off by that
+            rounding = max(rounding, 1e-5)
+        assert_error_rule(got, peer, true, rounding * max(1.0, float(true.abs().max())))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

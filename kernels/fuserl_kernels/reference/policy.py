@@ -14,18 +14,10 @@ The loss is sum_t w_t (term_t + kl_coef * kl_t - entropy_coef * entropy_t), with
     sequence_sum   1 / denominator; default of both: the number of sequences with a trained token
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
 
-from fuserl_kernels.reference.logprobs import (
-    ProjectionChunks,
-    RowKernels,
-    linear_token_logprobs_bwd,
-    linear_token_logprobs_fwd,
-    projection_gradients,
-)
 from fuserl_kernels.reference.rewards import kl_penalty_fwd, kl_slope
 from fuserl_kernels.reference.sequences import compute_dtype, sequence_sum, spread
 from fuserl_kernels.reference.value import value_loss_fwd
@@ -107,6 +99,68 @@ def surrogate(
     return -objective, torch.where(clipped, 0, -unclipped), clipped, ratio
 
 
+def _level_log_ratio(
+    log_ratio: torch.Tensor,  # of each token, zero where masked
+    loss_mask: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    ratio_level: str,
+) -> torch.Tensor:
+    """What the exponential is taken of: the token's log-ratio, or its sequence's sum or mean."""
+    if ratio_level == "token":
+        return log_ratio
+    return torch.where(loss_mask, _of_sequence(log_ratio, loss_mask, cu_seqlens, ratio_level), 0)
+
+
+def _of_sequence(
+    x: torch.Tensor, loss_mask: torch.Tensor, cu_seqlens: torch.Tensor | None, ratio_level: str
+) -> torch.Tensor:
+    """The sum or mean of x over each sequence's trained tokens, at every token of it."""
+    total = sequence_sum(x, cu_seqlens)
+    if ratio_level == "sequence_mean":
+        total = total / sequence_sum(loss_mask.to(x.dtype), cu_seqlens).clamp(min=1)
+    return spread(total, x, cu_seqlens)
+
+
+def _logprob_gradient(
+    slope: torch.Tensor,
+    new: torch.Tensor,
+    ref: torch.Tensor | None,
+    weights: torch.Tensor,
+    loss_mask: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    options: PolicyOptions,
+) -> torch.Tensor:
+    """d loss / d new_logprob of each token, from the surrogate's slope."""
+    gradient = weights * slope
+    if options.ratio_level != "token" and options.clip != "cispo":
+        gradient = _of_sequence(gradient, loss_mask, cu_seqlens, options.ratio_level)
+        gradient = torch.where(loss_mask, gradient, 0)
+    if ref is not None and options.kl_coef:
+        slope = kl_slope(new - ref, options.kl_estimator)
+        gradient = gradient + options.kl_coef * weights * slope
+    return gradient
+
+
+def policy_gradient(
+    new: torch.Tensor,  # packed [n], as all the others: rows that train
+    old: torch.Tensor,
+    advantages: torch.Tensor,
+    weights: torch.Tensor,
+    ref: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,  # of these rows; None for a token-level ratio
+    options: PolicyOptions,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradients of policy_loss_fwd's loss to new_logprobs and (with a bonus) to entropy, for some
+    of its sequences whose aggregation weights are known."""
+    loss_mask = torch.ones_like(new, dtype=torch.bool)
+    old, advantages = old.to(new.dtype), advantages.to(new.dtype)
+    ref = None if ref is None else ref.to(new.dtype)
+    log_ratio = _level_log_ratio(new - old, loss_mask, cu_seqlens, options.ratio_level)
+    _, slope, _, _ = surrogate(new, log_ratio, advantages, options)
+    gradient = _logprob_gradient(slope, new, ref, weights, loss_mask, cu_seqlens, options)
+    return gradient, -options.entropy_coef * weights if options.entropy_coef else None
+
+
 def policy_loss_fwd(
     new_logprobs: torch.Tensor,  # [B, T] or packed [N]
     logprobs: torch.Tensor,
@@ -146,15 +200,9 @@ def policy_loss_fwd(
         return torch.where(loss_mask, tensor.to(dtype), 0)
 
     new, advantages = trained(new_logprobs), trained(advantages)
-    log_ratio = new - trained(logprobs)
-    token_log_ratio = log_ratio
+    token_log_ratio = new - trained(logprobs)
+    log_ratio = _level_log_ratio(token_log_ratio, loss_mask, cu_seqlens, ratio_level)
     weights = aggregation_weights(loss_mask, cu_seqlens, aggregation, denominator, dtype)
-    lengths = sequence_sum(loss_mask.to(dtype), cu_seqlens).clamp(min=1)
-    if ratio_level != "token":
-        of_sequence = sequence_sum(log_ratio, cu_seqlens)
-        if ratio_level == "sequence_mean":
-            of_sequence = of_sequence / lengths
-        log_ratio = trained(spread(of_sequence, new, cu_seqlens))
 
     term, slope, clipped, ratio = surrogate(new, log_ratio, advantages, options)
     loss = (weights * term).sum()
@@ -165,8 +213,8 @@ def policy_loss_fwd(
         return torch.where(loss_mask, x, 0).sum() / count
 
     kl = torch.zeros_like(new)
-    if ref_logprobs is not None:
-        ref = trained(ref_logprobs)
+    ref = None if ref_logprobs is None else trained(ref_logprobs)
+    if ref is not None:
         kl = kl_penalty_fwd(new, ref, kl_estimator)
         if kl_coef:
             loss = loss + kl_coef * (weights * kl).sum()
@@ -189,14 +237,7 @@ def policy_loss_fwd(
     if not needs_grad:
         return loss, metrics, new_logprobs.new_empty(0), new_logprobs.new_empty(0)
 
-    gradient = weights * slope
-    if ratio_level != "token" and clip != "cispo":
-        of_sequence = sequence_sum(gradient, cu_seqlens)
-        if ratio_level == "sequence_mean":
-            of_sequence = of_sequence / lengths
-        gradient = trained(spread(of_sequence, new, cu_seqlens))
-    if ref_logprobs is not None and kl_coef:
-        gradient = gradient + kl_coef * weights * kl_slope(new - ref, kl_estimator)
+    gradient = _logprob_gradient(slope, new, ref, weights, loss_mask, cu_seqlens, options)
     grad_entropy = new_logprobs.new_empty(0)
     if entropy is not None:
         grad_entropy = (-entropy_coef * weights).to(entropy.dtype)
@@ -258,154 +299,3 @@ def ppo_loss_fwd(
     metrics = torch.cat([metrics, value_metrics.to(metrics.dtype)])
     loss = loss + vf_coef * value_loss
     return loss, metrics, grad_logprobs, grad_entropy, grad_values.mul_(vf_coef)
-
-
-def linear_policy_loss_fwd(
-    kernels: RowKernels,
-    hidden: torch.Tensor,  # [N, D]
-    weight: torch.Tensor,  # [V, D]
-    bias: torch.Tensor | None,
-    token_ids: torch.Tensor,  # [N]
-    logprobs: torch.Tensor,  # [B, T] with B * T = N, or packed [N]
-    advantages: torch.Tensor,
-    loss_mask: torch.Tensor,
-    temperatures: torch.Tensor | None,
-    temperature: float,
-    softcap: float,
-    denominator: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    ref_logprobs: torch.Tensor | None,
-    ratio_level: str,
-    clip: str,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    aggregation: str,
-    kl_coef: float,
-    kl_estimator: str,
-    entropy_coef: float,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """policy_loss of linear_token_logprobs with the gradients made on the way.
-
-    A token-level ratio needs nothing from other tokens but the weights w_t, so each chunk of logits
-    turns into its gradient at once and is never computed again; a sequence-level ratio computes the
-    chunks twice. Returns loss, metrics, and the gradients of hidden, weight and bias."""
-    options = (
-        ratio_level,
-        clip,
-        clip_low,
-        clip_high,
-        dual_clip,
-        aggregation,
-        kl_coef,
-        kl_estimator,
-        entropy_coef,
-    )
-    needs_grad = needs_hidden or needs_weight or needs_bias
-    flat_mask = loss_mask.reshape(-1)
-    one_pass = needs_grad and ratio_level == "token"
-    grads = (hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0))
-
-    if not one_pass:
-        new, entropy, stats = linear_token_logprobs_fwd(
-            kernels,
-            hidden,
-            weight,
-            bias,
-            token_ids,
-            temperatures,
-            temperature,
-            softcap,
-            flat_mask,
-            True,
-        )
-    else:
-        kept = flat_mask.nonzero().squeeze(-1)
-        dtype = compute_dtype(hidden, weight)
-        weights = aggregation_weights(loss_mask, cu_seqlens, aggregation, denominator, dtype)
-        weights = weights.reshape(-1)[kept]
-        old, advantage = logprobs.reshape(-1)[kept], advantages.reshape(-1)[kept]
-        ref = None if ref_logprobs is None else ref_logprobs.reshape(-1)[kept]
-        ids = token_ids[kept]
-        temps = None if temperatures is None else temperatures[kept]
-        new = hidden.new_zeros(hidden.shape[0], dtype=dtype)
-        entropy = torch.zeros_like(new)
-        chunks = ProjectionChunks(hidden[kept], weight, bias, softcap)
-        chunks.want_gradients(needs_hidden, needs_weight, needs_bias)
-        for rows in chunks:
-            logits = chunks.logits(rows)
-            row_temps = None if temps is None else temps[rows]
-            logp, row_entropy, stats = kernels.forward(
-                logits, ids[rows], row_temps, temperature, None, True
-            )
-            new[kept[rows]], entropy[kept[rows]] = logp, row_entropy
-            # With a denominator of 1 and every token trained, the gradient is w_t times this one.
-            _, _, grad_logp, row_bonus = policy_loss_fwd(
-                logp,
-                old[rows],
-                advantage[rows],
-                torch.ones_like(logp, dtype=torch.bool),
-                logp.new_ones(()),
-                None,
-                None if ref is None else ref[rows],
-                row_entropy,
-                "token",
-                *options[1:5],
-                "token_mean",
-                *options[6:],
-                True,
-            )
-            grad_logp = grad_logp * weights[rows]
-            row_bonus_gradient = row_bonus * weights[rows] if entropy_coef else None
-
-            row_backward = functools.partial(
-                kernels.backward,
-                logits,
-                ids[rows],
-                row_temps,
-                temperature,
-                None,
-                stats,
-                row_entropy,
-                grad_logp,
-                row_bonus_gradient,
-            )
-            chunks.backward(rows, logits, row_backward)
-        grads = projection_gradients(chunks, hidden, weight, bias, kept)
-
-    shape = loss_mask.shape
-    loss, metrics, grad_new, grad_entropy = policy_loss_fwd(
-        new.view(shape),
-        logprobs,
-        advantages,
-        loss_mask,
-        denominator,
-        cu_seqlens,
-        ref_logprobs,
-        entropy.view(shape),
-        *options,
-        needs_grad and not one_pass,
-    )
-    if needs_grad and not one_pass:
-        grads = linear_token_logprobs_bwd(
-            kernels,
-            hidden,
-            weight,
-            bias,
-            token_ids,
-            temperatures,
-            temperature,
-            softcap,
-            flat_mask,
-            stats,
-            entropy,
-            grad_new.reshape(-1),
-            grad_entropy.reshape(-1) if entropy_coef else None,
-            needs_hidden,
-            needs_weight,
-            needs_bias,
-        )
-    return (loss, metrics, *grads)

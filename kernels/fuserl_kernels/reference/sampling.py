@@ -8,10 +8,10 @@ order, so a row's token depends on nothing but its own logits and bits.
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 
-from fuserl_kernels.reference.logprobs import RowKernels
 from fuserl_kernels.reference.sequences import compute_dtype
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -87,7 +87,7 @@ def _draw(probabilities: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 
 
 def sample_tokens_fwd(
-    kernels: RowKernels,
+    row_forward: Callable[..., tuple[torch.Tensor, ...]],  # token_logprobs_fwd or its equal
     logits: torch.Tensor,  # [B, V]
     temperature: float,
     top_k: int,
@@ -128,7 +128,7 @@ def sample_tokens_fwd(
         if candidates is not None or top_p < 1 or min_p > 0:
             truncated = torch.log_softmax(x, -1).gather(-1, choice).squeeze(-1)
         token_ids = (choice if candidates is None else candidates.gather(-1, choice)).squeeze(-1)
-    logprobs, _, _ = kernels.forward(logits, token_ids, None, temperature, None, False)
+    logprobs, _, _ = row_forward(logits, token_ids, None, temperature, 0.0, None, False)
     broken = logprobs.isnan()
     token_ids = torch.where(broken, -1, token_ids)
     if truncated is None:

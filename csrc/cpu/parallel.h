@@ -1,0 +1,14 @@
+// Rows dealt out to threads. Each is computed alone, so who does it changes no result.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace fuserl {
+
+// Call run(first, last) on runs of rows that cover [0, num_rows) once, from up to num_threads
+// threads; row_size in elements.
+void parallel_rows(std::int64_t num_rows, std::int64_t row_size, int num_threads,
+                   const std::function<void(std::int64_t, std::int64_t)>& run);
+
+}  // namespace fuserl

@@ -1,0 +1,180 @@
+"""`fuserl bench`: check, measure, tell."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fuserl.bench import report
+from fuserl.bench.case import PASSES, Case
+from fuserl.bench.checking import Call, Error, bound_for, measure_error
+from fuserl.bench.memory import peak_extra_bytes, why_not_measured
+from fuserl.bench.ops import BASELINE, Provider, find_op, providers
+from fuserl.bench.problem import Problem
+from fuserl.bench.report import CaseReport, Result
+from fuserl.bench.rivals import Unavailable
+from fuserl.bench.timing import Ceilings, interleave, measure_ceilings
+from fuserl.config import BenchConfig
+from fuserl.device import default_device
+
+
+class WrongAnswer(ValueError):
+    """An implementation of ours is wrong, so that nothing was timed."""
+
+
+def run_bench(config: BenchConfig) -> list[CaseReport]:
+    """Print the tables, and write the JSON and the plot that were asked for.
+
+    Raises ValueError for an unknown op, provider or option, and WrongAnswer.
+    """
+    cases = cases_of(config)
+    chosen = providers(config.op, config.providers)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device, dtype = cases[0].device, cases[0].dtype
+    machine = report.describe_machine(device, torch.get_num_threads())
+    ceilings = measure_ceilings(device, dtype)
+    print(f"{machine['device']}, {machine['threads']} threads, torch {torch.__version__}")
+    print(f"ceilings: {ceilings}\n")
+    reports = []
+    for case in cases:
+        budget = config.budget_seconds / len(cases)
+        reports.append(run_case(case, chosen, ceilings, config.rounds, budget))
+        print(reports[-1].table(), end="\n\n", flush=True)
+    print(report.units())
+    if config.json is not None:
+        write_json(Path(config.json), report.to_json(machine, reports))
+    if config.plot is not None:
+        from fuserl.bench.plot import draw
+
+        draw(Path(config.plot), machine, reports)
+    return reports
+
+
+def cases_of(config: BenchConfig) -> list[Case]:
+    """The passes asked for, at the sizes asked for or those of the op and device."""
+    op = find_op(config.op)
+    device = default_device(None if config.device == "auto" else config.device).type
+    sizes = op.defaults[device]
+    dtype = config.dtype if config.dtype != "auto" else {"cpu": "fp32", "cuda": "bf16"}[device]
+    if config.hidden_size is not None and not sizes.hidden_size:
+        raise ValueError(f"hidden_size makes no sense with {config.op}: it takes logits")
+    passes = op.passes if config.passes == "all" else (config.passes,)
+    if config.inplace_grad:
+        if sizes.hidden_size:
+            raise ValueError(f"inplace_grad makes no sense with {config.op}: it has no logits")
+        if config.passes == "forward":
+            raise ValueError("inplace_grad makes no sense with passes forward: no gradient is made")
+        passes = ("forward_backward",)
+    assert set(passes) <= set(PASSES)
+    return [
+        Case(
+            op=config.op,
+            pass_name=name,
+            device=device,
+            dtype=dtype,
+            num_rows=config.num_rows or sizes.num_rows,
+            vocab_size=config.vocab_size or sizes.vocab_size,
+            hidden_size=config.hidden_size or sizes.hidden_size,
+            with_entropy=config.with_entropy,
+            inplace_grad=config.inplace_grad,
+        )
+        for name in passes
+    ]
+
+
+def run_case(
+    case: Case, chosen: list[Provider], ceilings: Ceilings, rounds: int, budget_seconds: float
+) -> CaseReport:
+    """Check every provider, then time those that are right, interleaved.
+
+    The ceilings are measured again afterwards; the floor comes from the better of both.
+    Raises WrongAnswer if one of ours is wrong or breaks.
+    """
+    torch.compiler.reset()  # so that the last case's shapes do not make this one's dynamic
+    op = find_op(case.op)
+    problem = op.problem(case)
+    calls: dict[str, Call] = {}
+    by_name: dict[str, Result] = {}
+    baseline: Error | None = None
+    # Plain torch first: its error is the measure of ours.
+    for provider in sorted(chosen, key=lambda p: p.name != BASELINE):
+        result, call = check(problem, provider, baseline)
+        by_name[provider.name] = result
+        if provider.name == BASELINE:
+            baseline = result.error
+        if call is not None:
+            calls[provider.name] = call
+    results = [by_name[provider.name] for provider in chosen]
+    _refuse_wrong(case, results)
+    note = why_not_measured(case.device)
+    for name, call in calls.items():
+        call.prepare()
+        call.run()  # a second warm-up, and memory without what the first call keeps
+        if note is None:
+            call.prepare()
+            by_name[name].peak_extra_bytes = peak_extra_bytes(case.device, call.run)
+    samples = interleave(case.device, calls, rounds, budget_seconds)
+    for name, times in samples.items():
+        by_name[name].samples_ms = times
+    ceilings = ceilings.better_of(measure_ceilings(case.device, case.dtype))
+    floor = op.cost(case).floor_ms(ceilings.bytes_per_second, ceilings.flops_per_second)
+    return CaseReport(case, ceilings, floor, problem.required_bytes, BASELINE, results, note)
+
+
+def check(
+    problem: Problem, provider: Provider, baseline: Error | None
+) -> tuple[Result, Call | None]:
+    """Run a provider once and compare with the truth. The call is None unless it is right."""
+    case = problem.case
+    result = Result(provider.name, provider.is_ours, "timed")
+    try:
+        call = Call(problem, provider.make(case), provider.backend)
+        call.prepare()
+        began = time.perf_counter()
+        answer = call.run()
+        if case.device == "cuda":
+            torch.cuda.synchronize()
+        result.first_call_seconds = time.perf_counter() - began
+        result.error = measure_error(problem, *answer)
+    except Unavailable as reason:
+        result.status, result.reason = "unavailable", str(reason)
+        return result, None
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        result.status, result.reason = "out of memory", _first_line(error)
+        return result, None
+    except Exception as error:  # whatever another library raises is told, and the others go on
+        result.status = "failed"
+        result.reason = f"{type(error).__name__}: {_first_line(error)}"
+        return result, None
+    bound = bound_for(case.dtype, provider.is_ours, baseline)
+    if not result.error.within(bound):
+        result.status = "wrong"
+        result.reason = (
+            f"error {result.error.value:.2e} (at most {bound.value:.2e}), "
+            f"of gradient {result.error.gradient:.2e} (at most {bound.gradient:.2e})"
+        )
+        return result, None
+    return result, call
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _refuse_wrong(case: Case, results: list[Result]) -> None:
+    bad = [r for r in results if r.is_ours and r.status in ("wrong", "failed")]
+    if bad:
+        told = "; ".join(f"{r.provider}: {r.status}, {r.reason}" for r in bad)
+        raise WrongAnswer(f"{case.title}: nothing was timed, because {told}")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all, so that a run cut off leaves the last good file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, path)

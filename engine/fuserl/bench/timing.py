@@ -1,0 +1,113 @@
+"""Times of calls in turn, and the two ceilings of the device."""
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fuserl.bench.case import DTYPES
+from fuserl.bench.checking import Call
+
+MIN_ROUNDS = 3
+_FLUSH_BYTES = 256 << 20  # several times any L2 cache
+_COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+_MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
+
+
+class Stopwatch:
+    """Milliseconds of one function: events on a CUDA device (with a cold L2), else wall time."""
+
+    def __init__(self, device: str) -> None:
+        self._flush = None
+        if device == "cuda":
+            self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        if self._flush is None:
+            began = time.perf_counter()
+            result = run()
+            ended = time.perf_counter()
+            del result  # giving memory back is not timed
+            return 1e3 * (ended - began)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+def interleave(
+    device: str, calls: Mapping[str, Call], rounds: int, budget_seconds: float
+) -> dict[str, list[float]]:
+    """Samples in milliseconds: A B C A B C ..., until `rounds` or the budget are used up.
+
+    There are MIN_ROUNDS at least, whatever the budget.
+    """
+    stopwatch = Stopwatch(device)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    deadline = time.perf_counter() + budget_seconds
+    gc.collect()
+    gc.disable()
+    try:
+        for finished in range(max(rounds, MIN_ROUNDS)):
+            if finished >= MIN_ROUNDS and time.perf_counter() > deadline:
+                break
+            for name, call in calls.items():
+                call.prepare()
+                samples[name].append(stopwatch(call.run))
+    finally:
+        gc.enable()
+    return samples
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """Measured: a large copy (bytes read and written), a square matrix product of random data."""
+
+    bytes_per_second: float
+    flops_per_second: float
+    matmul_dtype: str
+
+    def better_of(self, other: "Ceilings") -> "Ceilings":
+        """Of two measurements of one device: what disturbs one only lowers it."""
+        return Ceilings(
+            max(self.bytes_per_second, other.bytes_per_second),
+            max(self.flops_per_second, other.flops_per_second),
+            self.matmul_dtype,
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"copy {self.bytes_per_second / 1e9:.1f} GB/s (read + written), "
+            f"{self.matmul_dtype} matmul {self.flops_per_second / 1e12:.3g} TFLOP/s"
+        )
+
+
+def measure_ceilings(device: str, dtype: str) -> Ceilings:
+    stopwatch = Stopwatch(device)
+    source = torch.ones(_COPY_BYTES[device] // 4, device=device)
+    target = torch.zeros_like(source)
+    copy_ms = _best(stopwatch, lambda: target.copy_(source))
+    size = _MATMUL_SIZE[device]
+    a, b = torch.randn(2, size, size, device=device).to(DTYPES[dtype])
+    out = torch.empty_like(a)
+    matmul_ms = _best(stopwatch, lambda: torch.mm(a, b, out=out))
+    return Ceilings(2 * source.nbytes / copy_ms * 1e3, 2 * size**3 / matmul_ms * 1e3, dtype)
+
+
+def _best(stopwatch: Stopwatch, run: Callable[[], object]) -> float:
+    """A ceiling is the fastest of its samples: whatever disturbs one only slows it."""
+    run()
+    return min(stopwatch(run) for _ in range(20))
+
+
+def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile, interpolated."""
+    low, middle, high = torch.quantile(
+        torch.tensor(samples, dtype=torch.float64), torch.tensor([0.25, 0.5, 0.75]).double()
+    ).tolist()
+    return low, middle, high
