@@ -10,7 +10,7 @@ import fuserl_kernels  # noqa: F401 - registers the ops
 from fuserl_kernels import backend
 from fuserl_kernels.registration import tables
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+_PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 
 
 def run_doctor() -> None:

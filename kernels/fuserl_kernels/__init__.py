@@ -1,7 +1,8 @@
 """fuserl_kernels: the operations of reinforcement learning from human feedback, for PyTorch.
 
-Tensors in, tensors out; needs nothing but torch. Every op is registered with torch.library, works
-under torch.compile, and picks its implementation when it runs (see use_backend).
+Tensors in, tensors out; needs torch, and Triton for GPUs. Every op is registered with
+torch.library, works under torch.compile, and picks its implementation when it runs (see
+use_backend).
 """
 
 from fuserl_kernels.advantages import discounted_returns, gae, rewards_to_advantages

@@ -173,9 +173,9 @@ def chunk_rows(vocab_size: int, hidden_size: int, element_size: int) -> int:
     """Rows of logits in one chunk.
 
     Each chunk reads and writes the weight's gradient once, which hides behind the product when the
-    chunk has as many rows as half the hidden size: the buffer is then half the gradient."""
+    chunk has a few hundred rows: 3/8 of the hidden size make a buffer of 3/8 of the gradient."""
     row_bytes = vocab_size * element_size
-    wanted = max(_MIN_BUFFER_BYTES, row_bytes * hidden_size // 2)
+    wanted = max(_MIN_BUFFER_BYTES, row_bytes * hidden_size * 3 // 8)
     rows = min(wanted, _MAX_BUFFER_BYTES) // row_bytes
     return max(1, rows // _ROW_MULTIPLE * _ROW_MULTIPLE or rows)
 

@@ -1,6 +1,8 @@
 """The log-probability ops against the functions other projects publish: the same numbers, values
 and gradients, on inputs where those functions are themselves exact (float32, no -inf)."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -110,3 +112,23 @@ def test_linear_policy_loss_equals_liger(name):
         **ours_options,
     )
     assert_same(ours, theirs, [hidden, weight])
+
+
+def test_the_socket_in_the_documentation(monkeypatch):
+    """The code that docs/kernels.md gives for TRL, run as it stands there."""
+    utils = pytest.importorskip("trl.trainer.utils", reason=REASON)
+    theirs = utils._ChunkedLogProbFunction
+    page = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", theirs)  # put back at the end
+    monkeypatch.setattr(utils, "selective_log_softmax", utils.selective_log_softmax)
+    exec(page.split("```python\n")[1].split("```")[0], {})
+    hidden, weight, bias, token_ids = rows()
+    arguments = (hidden, weight, bias, token_ids, 0.8, 64, 5.0, 0.5)
+    ours = utils._ChunkedLogProbFunction.apply(*arguments)
+    want = theirs.apply(*arguments)
+    torch.testing.assert_close(ours[1], want[1], atol=3e-6, rtol=1e-5)
+    assert_same(ours[0], want[0], [hidden, weight, bias])
+    logits, mask = torch.randn(2, 3, V), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    got = utils.selective_log_softmax(logits, token_ids[:6].view(2, 3), 0.9, mask)
+    plain = (logits / 0.9).log_softmax(-1).gather(-1, token_ids[:6].view(2, 3, 1)).squeeze(-1)
+    torch.testing.assert_close(got, plain * mask)
