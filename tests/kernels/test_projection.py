@@ -72,7 +72,12 @@ def test_a_narrow_gradient_lies_over_the_logits():
     ],
 )
 def test_chunk_rows(vocab_size, hidden_size, rows):
-    assert chunk_rows(vocab_size, hidden_size, 4) == rows
+    assert chunk_rows(vocab_size, hidden_size, 4, "cpu") == rows
+
+
+@pytest.mark.parametrize(("vocab_size", "rows"), [(32000, 8384), (128256, 2048), (151936, 1728)])
+def test_chunk_rows_of_a_gpu_fill_the_buffer(vocab_size, rows):
+    assert chunk_rows(vocab_size, 1024, 4, "cuda") == rows
 
 
 def test_no_row_is_left_over_or_done_twice():
