@@ -7,7 +7,8 @@
 namespace fuserl {
 
 // Call run(first, last) on runs of rows that cover [0, num_rows) once, from up to num_threads
-// threads; row_size in elements.
+// threads; row_size in elements. As with torch's own operations, a process forked after a call on
+// several threads may make none on several.
 void parallel_rows(std::int64_t num_rows, std::int64_t row_size, int num_threads,
                    const std::function<void(std::int64_t, std::int64_t)>& run);
 

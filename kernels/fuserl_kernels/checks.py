@@ -69,6 +69,12 @@ def above(name: str, value: float, bound: float) -> None:
         raise ValueError(f"{name} must be a finite number above {bound}, not {value!r}")
 
 
+def softcap(value: float | None) -> None:
+    """Above 1e30 its inverse would be no normal float32."""
+    if value is not None and not 0.0 < value <= 1e30:
+        raise ValueError(f"softcap must be above 0 and at most 1e30, not {value!r}")
+
+
 def finite(name: str, value: float) -> None:
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be a finite number, not {value!r}")

@@ -11,11 +11,12 @@ reference/policy.py.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fuserl_kernels import checks
+from fuserl_kernels.linear_token_logprobs import FORWARD as LINEAR_FORWARD
 from fuserl_kernels.linear_token_logprobs import (
     KERNELS,
     check_projection,
@@ -44,10 +45,35 @@ from fuserl_kernels.reference.policy import (
     policy_loss_fwd,
 )
 from fuserl_kernels.reference.sequences import compute_dtype, sequence_sum
-from fuserl_kernels.registration import register
+from fuserl_kernels.registration import not_twice, register
 from fuserl_kernels.triton_policy_rows import policy_rows_triton
 
 # --- by chunks of rows: any implementation of token_logprobs' rows
+
+
+class _Implementation(NamedTuple):
+    """What one entry of the op's table is made of."""
+
+    kernels: Kernels
+    forward: Callable  # linear_token_logprobs, for a call without gradients
+    policy_rows: Callable | None  # forward and backward of a chunk in one launch
+
+
+class _PerToken(NamedTuple):
+    """What the loss knows of each token, [N], but the new log-probability."""
+
+    logprobs: torch.Tensor
+    advantages: torch.Tensor
+    weights: torch.Tensor
+    ref_logprobs: torch.Tensor | None
+
+    def at(self, projection: Projection, rows: slice) -> "_PerToken":
+        return _PerToken(
+            projection.take(self.logprobs, rows),
+            projection.take(self.advantages, rows),
+            projection.take(self.weights, rows),
+            projection.take_optional(self.ref_logprobs, rows),
+        )
 
 
 class _Rows:
@@ -82,7 +108,7 @@ class _Rows:
         self._projection.put(self.entropy, rows, entropy)
 
     def in_one_pass(
-        self, rows: slice, policy_rows: Callable, per_token: tuple, options: PolicyOptions
+        self, rows: slice, policy_rows: Callable, per_token: _PerToken, options: PolicyOptions
     ) -> None:
         """Forward and backward of a chunk whose rows need nothing from each other."""
         logits = self._projection.logits(rows)
@@ -119,10 +145,6 @@ class _Rows:
         projection.backward(rows, gradient)
 
 
-def _sequence_lengths(loss_mask: torch.Tensor, cu_seqlens: torch.Tensor | None) -> list[int]:
-    return sequence_sum(loss_mask.long(), cu_seqlens).tolist()
-
-
 def _units(lengths: list[int], capacity: int) -> list[list[int]]:
     """Runs of whole sequences that fit a chunk together; one too long for it is alone."""
     units: list[list[int]] = []
@@ -139,8 +161,7 @@ def _units(lengths: list[int], capacity: int) -> list[list[int]]:
 
 
 def forward_by_chunks(
-    kernels: Kernels,
-    policy_rows: Callable | None,  # an implementation's single pass for a token-level ratio
+    implementation: _Implementation,
     hidden: torch.Tensor,  # [N, D]
     weight: torch.Tensor,  # [V, D]
     bias: torch.Tensor | None,
@@ -182,44 +203,85 @@ def forward_by_chunks(
         kl_estimator,
         entropy_coef,
     )
-    kept = loss_mask.reshape(-1).nonzero().squeeze(-1)
-    projection = Projection(kernels, hidden, weight, bias, kept)
-    projection.want_gradients(needs_hidden, needs_weight, needs_bias, weight_total)
-    rows_of = _Rows(kernels, projection, token_ids, temperatures, temperature, softcap)
-    weights = aggregation_weights(
-        loss_mask, cu_seqlens, aggregation, denominator, compute_dtype(weight)
-    )
-
-    flat_ref = None if ref_logprobs is None else ref_logprobs.reshape(-1)
-    num_rows = projection.num_rows
-    by_token = ratio_level == "token"
-    if by_token or not projection.wants_gradients:
-        units = [[rows.stop - rows.start] for rows in projection.slices(0, num_rows)]
-    else:
-        units = _units(_sequence_lengths(loss_mask, cu_seqlens), projection.capacity)
-    start = 0
-    for lengths in units:
-        unit = slice(start, start + sum(lengths))
-        start = unit.stop
-        chunks = projection.slices(unit.start, unit.stop)
-        per_token = (
-            projection.take(logprobs.reshape(-1), unit),
-            projection.take(advantages.reshape(-1), unit),
-            projection.take(weights.reshape(-1), unit),
-            projection.take_optional(flat_ref, unit),
+    projected = (hidden, weight, bias, token_ids, temperatures, temperature, softcap)
+    flat_mask = loss_mask.reshape(-1)
+    if needs_hidden or needs_weight or needs_bias or weight_total is not None:
+        weights = aggregation_weights(
+            loss_mask, cu_seqlens, aggregation, denominator, compute_dtype(weight)
         )
-        if policy_rows is not None and by_token and projection.wants_gradients:
-            rows_of.in_one_pass(unit, policy_rows, per_token, options)
+        per_token = _PerToken(
+            logprobs.reshape(-1),
+            advantages.reshape(-1),
+            weights.reshape(-1),
+            None if ref_logprobs is None else ref_logprobs.reshape(-1),
+        )
+        lengths = None
+        if ratio_level != "token":
+            lengths = sequence_sum(loss_mask.long(), cu_seqlens).tolist()
+        projection = Projection(
+            implementation.kernels, hidden, weight, bias, flat_mask.nonzero().squeeze(-1)
+        )
+        projection.want_gradients(needs_hidden, needs_weight, needs_bias, weight_total)
+        rows = _Rows(implementation.kernels, projection, *projected[3:])
+        _make_gradients(
+            rows,
+            projection,
+            implementation.policy_rows,
+            per_token,
+            lengths,
+            options,
+        )
+        new, entropy = rows.logprobs, rows.entropy
+        gradients = projection.gradients(gradient_dtype(weight, wide_weight_grad))
+    else:
+        new, entropy, _ = implementation.forward(*projected, flat_mask, True)
+        no_bias = weight if bias is None else bias
+        gradients = (hidden.new_empty(0), weight.new_empty(0), no_bias.new_empty(0))
+
+    loss, metrics, _, _ = policy_loss_fwd(
+        new.view(loss_mask.shape),
+        logprobs,
+        advantages,
+        loss_mask,
+        denominator,
+        cu_seqlens,
+        ref_logprobs,
+        entropy.view(loss_mask.shape),
+        *options,
+        False,
+    )
+    return loss, metrics, *gradients
+
+
+def _make_gradients(
+    rows_of: _Rows,
+    projection: Projection,
+    policy_rows: Callable | None,
+    per_token: _PerToken,
+    lengths: list[int] | None,  # of the sequences, where the ratio is theirs
+    options: PolicyOptions,
+) -> None:
+    """Fill rows_of, and projection with the gradients."""
+    if lengths is None:
+        units = [[rows.stop - rows.start] for rows in projection.slices(0, projection.num_rows)]
+    else:
+        units = _units(lengths, projection.capacity)
+    start = 0
+    for unit_lengths in units:
+        unit = slice(start, start + sum(unit_lengths))
+        start = unit.stop
+        of_unit = per_token.at(projection, unit)
+        if policy_rows is not None and lengths is None:
+            rows_of.in_one_pass(unit, policy_rows, of_unit, options)
             continue
+        chunks = projection.slices(unit.start, unit.stop)
         for rows in chunks:
             logits = rows_of.forward(rows)
-        if not projection.wants_gradients:
-            continue
+        ends = None
+        if lengths is not None:
+            ends = torch.tensor([0, *unit_lengths], device=logits.device).cumsum(0)
         grad_logprobs, grad_entropy = policy_gradient(
-            projection.take(rows_of.logprobs, unit),
-            *per_token,
-            None if by_token else torch.tensor([0, *lengths], device=hidden.device).cumsum(0),
-            options,
+            projection.take(rows_of.logprobs, unit), *of_unit, ends, options
         )
         for rows in chunks:
             if len(chunks) > 1:
@@ -232,26 +294,15 @@ def forward_by_chunks(
                 None if grad_entropy is None else grad_entropy[here],
             )
 
-    loss, metrics, _, _ = policy_loss_fwd(
-        rows_of.logprobs.view(loss_mask.shape),
-        logprobs,
-        advantages,
-        loss_mask,
-        denominator,
-        cu_seqlens,
-        ref_logprobs,
-        rows_of.entropy.view(loss_mask.shape),
-        *options,
-        False,
-    )
-    return loss, metrics, *projection.gradients(gradient_dtype(weight, wide_weight_grad))
-
 
 # --- the op
 
 _POLICY_ROWS = {"triton": policy_rows_triton}
 FORWARD = {
-    name: functools.partial(forward_by_chunks, kernels, _POLICY_ROWS.get(name))
+    name: functools.partial(
+        forward_by_chunks,
+        _Implementation(kernels, LINEAR_FORWARD[name], _POLICY_ROWS.get(name)),
+    )
     for name, kernels in KERNELS.items()
 }
 
@@ -288,6 +339,8 @@ def _hand_out(ctx: Any, grad_loss: torch.Tensor | None) -> list[torch.Tensor | N
     def scaled(gradient: torch.Tensor, loss_gradient: torch.Tensor) -> torch.Tensor:
         # Another type is a tracer's, whose compiler plans the memory itself and forbids this.
         if type(gradient) is torch.Tensor:
+            if torch.is_grad_enabled():  # create_graph
+                not_twice(ctx)
             ctx.handed_out = True
             return gradient.mul_(loss_gradient)
         return gradient * loss_gradient
@@ -403,7 +456,9 @@ def linear_policy_loss(
     policy_loss; the entropy of entropy_coef is computed inside, and is always among the metrics.
     weight_grad: float32 [V, D], to which the weight's gradient is added in the forward pass
         (unless grad mode is off), instead of one handed to autograd: microbatches then share one
-        float32 sum. The loss must then be differentiated as it is, not scaled.
+        float32 sum. Whether the weight requires a gradient does not matter. The loss must then be
+        differentiated as it is, not scaled, and not be computed again by activation checkpointing,
+        which would add twice.
 
     Returns the 0-d loss and the metrics of policy_loss. Gradients reach hidden, weight and bias;
     they are held from forward to backward in the dtypes of their inputs (the weight's in float32

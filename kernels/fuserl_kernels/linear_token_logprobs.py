@@ -16,7 +16,7 @@ import torch
 from fuserl_kernels import checks
 from fuserl_kernels.projection import Kernels, Products, Projection, fast_products
 from fuserl_kernels.reference.sequences import compute_dtype
-from fuserl_kernels.registration import register
+from fuserl_kernels.registration import not_twice, register
 from fuserl_kernels.token_logprobs import BACKWARD as ROW_BACKWARD
 from fuserl_kernels.token_logprobs import FORWARD as ROW_FORWARD
 from fuserl_kernels.triton_linear_logprobs import linear_forward_triton
@@ -295,6 +295,7 @@ _op_bwd = register(
     "-> (Tensor, Tensor, Tensor)",
     BACKWARD,
     _fake_bwd,
+    backward=not_twice,
 )
 
 
@@ -325,8 +326,7 @@ def check_projection(
     checks.integer("token_ids", token_ids)
     checks.shape("token_ids", token_ids, hidden.shape[:-1], "that of hidden without D")
     checks.device("token_ids", token_ids, "hidden", hidden)
-    if softcap is not None:
-        checks.above("softcap", softcap, 0.0)
+    checks.softcap(softcap)
 
 
 @overload

@@ -83,8 +83,9 @@ class ResidualProducts(Products):
     """bf16 on a CPU whose matrix units take bf16 but whose products come out rounded to bf16.
 
     A second product gives what the rounding took away: y = bf16(h w), r = bf16(h w - y), and
-    y + r holds h w to 2^-17 of its size. Two bf16 products on AMX take a third of the time of one
-    in float32."""
+    y + r holds h w to 2^-17 of its size. Two bf16 products on AMX take half the time of one in
+    float32. Gradients need no such care: dlogits are bf16 here, and so is what one chunk adds to
+    the weight's gradient, before it is summed in float32."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__(weight, bias)
@@ -95,6 +96,9 @@ class ResidualProducts(Products):
             tile, target = self.weight[columns].t(), out[:, columns]
             rounded = torch.mm(hidden, tile)
             residual = torch.addmm(rounded, hidden, tile, beta=-1)
+            infinite = rounded.isinf()
+            if infinite.any():
+                residual.masked_fill_(infinite, 0)
             target.copy_(rounded).add_(residual)
             if self.bias is not None:
                 target.add_(self.bias[columns])
@@ -206,7 +210,6 @@ class Projection:
         self.capacity = chunk_rows(vocab_size, hidden_size, dtype.itemsize, weight.device.type)
         self._buffer = hidden.new_empty(min(self.capacity, self.num_rows), vocab_size, dtype=dtype)
         self._rows = hidden[:0]
-        self.wants_gradients = False
         self._grad_hidden: torch.Tensor | None = None
         self._grad_weight: torch.Tensor | None = None
         self._grad_bias: torch.Tensor | None = None
@@ -216,7 +219,6 @@ class Projection:
         self, hidden: bool, weight: bool, bias: bool, weight_total: torch.Tensor | None = None
     ) -> None:
         """weight_total: float32 [V, D] to add the weight's gradient to, instead of a new one."""
-        self.wants_gradients = hidden or weight or bias
         dtype = self._products.dtype
         if hidden:
             self._grad_hidden = torch.zeros_like(
@@ -283,7 +285,9 @@ class Projection:
     def gradients(
         self, weight_dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gradients of hidden, weight (in `weight_dtype`) and bias; [0] where not wanted."""
+        """Gradients of hidden, weight (in `weight_dtype`) and bias; [0] where not wanted. No chunk
+        may follow."""
+        self._buffer = self._buffer[:0].clone()  # memory for the conversion
         weight, bias = self.weight, self.weight if self._bias is None else self._bias
         if self._grad_weight is not None and self._weight_is_fresh:  # no chunk came
             self._grad_weight.zero_()

@@ -5,7 +5,9 @@ The implementation is opaque to torch.compile, so choosing from the table and ch
 inside it breaks no graph.
 """
 
+import contextlib
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 
@@ -19,6 +21,11 @@ _tables: dict[str, backend.Table] = {}
 def tables() -> dict[str, backend.Table]:
     """Every registered op with its implementations by name."""
     return dict(_tables)
+
+
+def not_twice(ctx: Any, *_: Any) -> NoReturn:
+    """The backward of an op that is a backward pass itself."""
+    raise RuntimeError("the gradients of fuserl_kernels' ops cannot be differentiated once more")
 
 
 def register(
@@ -37,14 +44,22 @@ def register(
     fake: shapes and dtypes of the outputs, without data.
     check: called with the same arguments before an implementation, for CPU tensors only
         (on CUDA looking at data would wait for the device); raises ValueError.
-    setup_context, backward: as in torch.library.register_autograd.
+    setup_context, backward: as in torch.library.register_autograd; `not_twice` for the op of a
+        backward pass.
     """
     name = schema.partition("(")[0]
 
     def run(*arguments):  # type: ignore[no-untyped-def]
-        if check is not None and arguments[0].device.type == "cpu":
+        device = arguments[0].device
+        if check is not None and device.type == "cpu":
             check(*arguments)
-        return backend.select(name, table, arguments[0])(*arguments)
+        implementation = backend.select(name, table, arguments[0])
+        with contextlib.ExitStack() as stack:
+            if torch.is_autocast_enabled(device.type):  # the op chooses its own precision
+                stack.enter_context(torch.autocast(device.type, enabled=False))
+            if device.type == "cuda":  # kernels launch on the current device
+                stack.enter_context(torch.cuda.device(device))
+            return implementation(*arguments)
 
     _tables[name] = table
     _library.define(schema)

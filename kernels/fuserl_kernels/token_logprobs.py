@@ -13,7 +13,7 @@ import torch
 from fuserl_kernels import checks, native
 from fuserl_kernels.reference.logprobs import token_logprobs_bwd, token_logprobs_fwd
 from fuserl_kernels.reference.sequences import compute_dtype
-from fuserl_kernels.registration import register
+from fuserl_kernels.registration import not_twice, register
 from fuserl_kernels.triton_helpers import (
     LOG2E,
     _row_statistics,
@@ -423,6 +423,7 @@ _op_bwd = register(
     f"token_logprobs_bwd(Tensor logits, {_BWD_ARGUMENTS} -> Tensor",
     BACKWARD,
     lambda logits, *_: logits.new_empty(logits.shape),
+    backward=not_twice,
 )
 
 
@@ -464,6 +465,27 @@ class _InplaceGradient(torch.autograd.Function):
 
 
 # --- public
+
+
+def _overwritable(logits: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """The logits as [num_rows, V], or ValueError if their memory must not be written over."""
+    base = logits if logits._base is None else logits._base
+    if logits.is_leaf or base.is_leaf:
+        raise ValueError(
+            "logits must be the output of an op with inplace_grad, not a leaf or a view of one"
+        )
+    layout = f"shape {list(logits.shape)} and strides {list(logits.stride())}"
+    try:
+        flat = logits.view(num_rows, logits.shape[-1])
+    except RuntimeError:
+        raise ValueError(
+            f"logits must be viewable as [N, V] with inplace_grad, but have {layout}"
+        ) from None
+    strides = sorted((s, n) for s, n in zip(flat.stride(), flat.shape, strict=True) if n > 1)
+    nested = len(strides) < 2 or strides[1][0] > (strides[0][1] - 1) * strides[0][0]
+    if not nested or (strides and strides[0][0] == 0):
+        raise ValueError(f"logits overlap themselves, which inplace_grad forbids: {layout}")
+    return flat
 
 
 @overload
@@ -526,8 +548,7 @@ def token_logprobs(
     checks.integer("token_ids", token_ids)
     checks.shape("token_ids", token_ids, logits.shape[:-1], "that of logits without V")
     checks.device("token_ids", token_ids, "logits", logits)
-    if softcap is not None:
-        checks.above("softcap", softcap, 0.0)
+    checks.softcap(softcap)
     temperatures, number = checks.temperature(temperature, token_ids)
     if loss_mask is not None:
         checks.mask("loss_mask", loss_mask, "token_ids", token_ids)
@@ -536,15 +557,7 @@ def token_logprobs(
     num_rows = token_ids.numel()
     op = _op
     if inplace_grad and checks.wants_grad(logits) and not torch.compiler.is_compiling():
-        if logits.is_leaf:
-            raise ValueError("logits must be the output of an op with inplace_grad, not a leaf")
-        try:
-            flat = logits.view(num_rows, logits.shape[-1])
-        except RuntimeError:
-            raise ValueError(
-                "logits must be viewable as [N, V] with inplace_grad, but have shape "
-                f"{list(logits.shape)} and strides {list(logits.stride())}"
-            ) from None
+        flat = _overwritable(logits, num_rows)
         op = _InplaceGradient.apply
     else:
         flat = logits.reshape(num_rows, logits.shape[-1])

@@ -224,6 +224,40 @@ def test_weight_grad_accumulates_in_float32(backend, dtype):
     torch.testing.assert_close((total - 1) / 2, expected[1], atol=2e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weight_grad_of_a_head_that_trains_alone(backend):
+    (hidden, weight, _), token_ids, old, advantages, _ = batch()
+    arguments = (token_ids, old, advantages, ragged_mask(4, 5))
+    total = torch.zeros(20, 6)
+    with fk.use_backend(backend):
+        loss, _ = fk.linear_policy_loss(hidden.detach(), weight, *arguments)
+        (expected,) = torch.autograd.grad(loss, weight)
+        fk.linear_policy_loss(hidden.detach(), weight, *arguments, weight_grad=total)
+    torch.testing.assert_close(total, expected)
+    assert expected.abs().sum() > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_does_not_reach_inside(backend):
+    (hidden, weight, _), token_ids, old, advantages, _ = batch()
+    arguments = (token_ids, old, advantages, ragged_mask(4, 5))
+    results = []
+    for enabled in (False, True):
+        with fk.use_backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss, _ = fk.linear_policy_loss(hidden, weight, *arguments)
+            results.append(torch.autograd.grad(loss, (hidden, weight)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_gradients_are_not_differentiable_twice():
+    (hidden, weight, _), token_ids, old, advantages, _ = batch()
+    loss, _ = fk.linear_policy_loss(
+        hidden, weight, token_ids, old, advantages, torch.ones(4, 5, dtype=torch.bool)
+    )
+    with pytest.raises(RuntimeError, match="cannot be differentiated once more"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
 def test_weight_grad_refuses_a_scaled_loss():
     (hidden, weight, _), token_ids, old, advantages, _ = batch()
     mask, total = torch.ones(4, 5, dtype=torch.bool), torch.zeros(20, 6)

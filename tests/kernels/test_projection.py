@@ -49,6 +49,19 @@ def test_gradients_behind_the_logits(kind, tile_elements, monkeypatch):
     assert (got - truth).abs().max() < 5e-3 * truth.abs().max()
 
 
+@pytest.mark.parametrize("kind", [Products, ResidualProducts])
+def test_an_infinite_logit_stays_infinite(kind):
+    hidden, weight, _ = operands(torch.bfloat16)
+    hidden[0] = 1.0
+    weight[3] = -torch.inf
+    weight[4], hidden[1, 0] = 1.0, torch.nan
+    logits = torch.empty(5, 70)
+    kind(weight, None).logits(hidden, logits)
+    assert logits[0, 3] == -torch.inf
+    assert logits[0].isnan().sum() == 0
+    assert logits[1].isnan().all()
+
+
 def test_a_narrow_gradient_lies_over_the_logits():
     hidden, weight, bias = operands(torch.bfloat16)
     chunks = Projection(

@@ -384,3 +384,39 @@ def test_the_native_module_reports_its_build():
     info = native.module().build_info()
     assert info["instructions"] in ("avx512", "avx2", "baseline")
     assert info["compiler"]
+
+
+def test_inplace_grad_refuses_memory_that_must_not_be_written():
+    leaf, token_ids = torch.randn(4, 7, requires_grad=True), torch.randint(0, 7, (4,))
+    row = torch.randn(1, 7, requires_grad=True)
+    long = torch.randn(40, requires_grad=True)
+    for logits, message in [
+        (leaf, "not a leaf or a view of one"),
+        (leaf.view(4, 7), "not a leaf or a view of one"),
+        ((row * 1).expand(4, 7), "overlap themselves"),
+        ((long * 1).as_strided((4, 7), (3, 1)), "overlap themselves"),
+        ((leaf * 1).t().reshape(7, 4).t(), None),  # columns far apart, none shared
+        ((leaf * 1)[:1], None),
+    ]:
+        ids = token_ids[: logits.shape[0]]
+        if message is None:
+            fk.token_logprobs(logits, ids, inplace_grad=True).sum().backward()
+            continue
+        with pytest.raises(ValueError, match=message):
+            fk.token_logprobs(logits, ids, inplace_grad=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_are_not_differentiable_twice(backend):
+    logits = torch.randn(4, 7, requires_grad=True)
+    with fk.use_backend(backend):
+        logprobs = fk.token_logprobs(logits, torch.randint(0, 7, (4,)))
+        (gradient,) = torch.autograd.grad(logprobs.sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated once more"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("inf"), float("nan"), 1e31])
+def test_softcap_out_of_range(bad):
+    with pytest.raises(ValueError, match="softcap must be above 0 and at most 1e30"):
+        fk.token_logprobs(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), softcap=bad)
