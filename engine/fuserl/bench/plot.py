@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from fuserl.bench.report import CaseReport
-from fuserl.bench.timing import quartiles
+from fuserl.bench.timing import as_milliseconds, quartiles
 
 _OURS, _RIVAL, _LIMIT = "#1f6f8b", "#b8bfc6", "#c0392b"
 _LOG_FROM = 40.0  # ratio of slowest to fastest from which a linear axis hides the fast ones
@@ -48,7 +48,10 @@ def _panel(axis: Any, report: CaseReport) -> None:
     axis.barh(range(len(results)), medians, 0.68, xerr=whiskers, color=colors, ecolor="#444444")
     for i, (result, (_, median, high)) in enumerate(zip(results, spread, strict=True)):
         speedup = report.speedup(result)
-        parts = [f"{median:.3g} ms", f"{100 * report.floor_ms / median:.0f} % of limit"]
+        parts = [
+            f"{as_milliseconds(median)} ms",
+            f"{100 * report.floor_ms / median:.0f} % of limit",
+        ]
         if speedup is not None and result.provider != report.baseline:
             parts.insert(1, f"{speedup:.2g}x {report.baseline}")
         axis.annotate(
@@ -65,7 +68,7 @@ def _panel(axis: Any, report: CaseReport) -> None:
     else:
         axis.set_xlim(0, longest * 1.38)
     scale = ", log scale" if is_log else ""
-    limit = f"dashed: the limit, {report.floor_ms:.3g} ms"
+    limit = f"dashed: the limit, {as_milliseconds(report.floor_ms)} ms"
     axis.set_xlabel(f"milliseconds{scale}; {limit}", fontsize=8)
     axis.set_title(report.case.title, fontsize=10, loc="left")
     axis.tick_params(labelsize=9)

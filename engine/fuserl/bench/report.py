@@ -12,7 +12,7 @@ import torch
 
 from fuserl.bench.case import Case
 from fuserl.bench.checking import Error
-from fuserl.bench.timing import Ceilings, quartiles
+from fuserl.bench.timing import Ceilings, as_milliseconds, quartiles
 
 Status = Literal["timed", "unavailable", "out of memory", "wrong", "failed"]
 FORMAT = 1
@@ -106,7 +106,7 @@ class CaseReport:
         rows: list[tuple[str, ...]] = [_HEADS]
         rows += [self._row(result) for result in self.timed()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [f"{self.case.title}\nfloor {self.floor_ms:.4g} ms; {self.ceilings}"]
+        lines = [f"{self.case.title}\nfloor {as_milliseconds(self.floor_ms)} ms; {self.ceilings}"]
         for row in rows:
             cells = [
                 cell.ljust(width) if i == 0 else cell.rjust(width)
@@ -125,7 +125,7 @@ class CaseReport:
         assert result.first_call_seconds is not None
         return (
             result.provider,
-            f"{median:.4g} [{low:.4g}, {high:.4g}]",
+            "{} [{}, {}]".format(*map(as_milliseconds, (median, low, high))),
             "-" if speedup is None else f"{speedup:.2f}x",
             f"{100 * self.floor_ms / median:.0f} %",
             "-" if peak is None else f"{peak / 1e6:.0f}",

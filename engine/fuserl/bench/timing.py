@@ -111,3 +111,8 @@ def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
         torch.tensor(samples, dtype=torch.float64), torch.tensor([0.25, 0.5, 0.75]).double()
     ).tolist()
     return low, middle, high
+
+
+def as_milliseconds(value: float) -> str:
+    """Four digits, and never an exponent."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
