@@ -20,7 +20,7 @@ from fuserl_kernels.linear_token_logprobs import FORWARD as LINEAR_FORWARD
 from fuserl_kernels.linear_token_logprobs import (
     KERNELS,
     check_projection,
-    fake_gradients,
+    empty_gradients,
     gradient_dtype,
     takes_wide_gradient,
 )
@@ -235,8 +235,7 @@ def forward_by_chunks(
         gradients = projection.gradients(gradient_dtype(weight, wide_weight_grad))
     else:
         new, entropy, _ = implementation.forward(*projected, flat_mask, True)
-        no_bias = weight if bias is None else bias
-        gradients = (hidden.new_empty(0), weight.new_empty(0), no_bias.new_empty(0))
+        gradients = empty_gradients(hidden, weight, bias, False, False, False, wide_weight_grad)
 
     loss, metrics, _, _ = policy_loss_fwd(
         new.view(loss_mask.shape),
@@ -316,7 +315,7 @@ def _fake(
     wide = weight if weight.dtype == torch.float64 else hidden
     return (
         *fake_loss(wide, len(METRICS)),
-        *fake_gradients(hidden, weight, bias, *rest[-4:]),
+        *empty_gradients(hidden, weight, bias, *rest[-4:]),
     )
 
 

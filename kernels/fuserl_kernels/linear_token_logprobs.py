@@ -99,7 +99,8 @@ def backward_by_chunks(
         live = live & loss_mask
     projection = Projection(kernels, hidden, weight, bias, live.nonzero().squeeze(-1))
     projection.want_gradients(needs_hidden, needs_weight, needs_bias)
-    for rows in projection.slices(0, projection.num_rows):
+
+    def add_chunk(rows: slice) -> None:  # a function, so that nothing holds the buffer afterwards
         logits = projection.logits(rows)
         gradient = kernels.backward(
             logits,
@@ -115,6 +116,9 @@ def backward_by_chunks(
             projection.gradient_over(logits),
         )
         projection.backward(rows, gradient)
+
+    for rows in projection.slices(0, projection.num_rows):
+        add_chunk(rows)
     return projection.gradients(gradient_dtype(weight, wide_weight_grad))
 
 
@@ -215,7 +219,7 @@ def _check_data(
     checks.temperature_data(temperatures, loss_mask)
 
 
-def fake_gradients(
+def empty_gradients(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -224,6 +228,7 @@ def fake_gradients(
     needs_bias: bool,
     wide_weight_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Uninitialised gradients of hidden, weight and bias; [0] where not needed."""
     weight_dtype = gradient_dtype(weight, wide_weight_grad)
     grad_bias = weight.new_empty(0) if bias is None else bias.new_empty(0)
     return (
@@ -236,7 +241,7 @@ def fake_gradients(
 def _fake_bwd(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return fake_gradients(hidden, weight, bias, *rest[-4:])
+    return empty_gradients(hidden, weight, bias, *rest[-4:])
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -287,7 +287,7 @@ class Projection:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradients of hidden, weight (in `weight_dtype`) and bias; [0] where not wanted. No chunk
         may follow."""
-        self._buffer = self._buffer[:0].clone()  # memory for the conversion
+        del self._buffer  # its memory is free for the conversion
         weight, bias = self.weight, self.weight if self._bias is None else self._bias
         if self._grad_weight is not None and self._weight_is_fresh:  # no chunk came
             self._grad_weight.zero_()
