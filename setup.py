@@ -25,8 +25,8 @@ def native_extensions() -> list:
 
     extension = Pybind11Extension(
         "fuserl_kernels._native",
-        ["csrc/bindings.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))],
-        depends=sorted(str(path) for path in Path("csrc/cpu").glob("*.h")),
+        sorted(str(path) for path in Path("csrc").glob("**/*.cpp")),
+        depends=sorted(str(path) for path in Path("csrc").glob("**/*.h")),
         cxx_std=17,
         # GCC 12 takes the undefined operand of its own AVX-512 intrinsics for a mistake.
         extra_compile_args=["-O3", "-pthread", "-Wno-maybe-uninitialized"],

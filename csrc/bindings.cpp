@@ -1,24 +1,12 @@
 // Python's view of the CPU kernels: pointers arrive as integers, arguments by name, and the GIL is
 // released while a kernel runs. Checks and allocation are Python's.
 
-#include <pybind11/pybind11.h>
+#include "bindings.h"
 
-#include <cstdint>
-#include <string>
-
+#include "cpu/instruction_set.h"
 #include "cpu/token_logprobs.h"
 
-namespace py = pybind11;
-using Address = std::uintptr_t;
-using Size = std::int64_t;
-using fuserl::Dtype;
-
 namespace {
-
-template <typename T>
-T* at(Address address) {
-    return reinterpret_cast<T*>(address);
-}
 
 fuserl::Rows rows_of(Address logits, Dtype dtype, Size num_rows, Size vocab_size, Size row_stride,
                      Address token_ids, Address temperatures, double temperature, float softcap,
@@ -59,15 +47,12 @@ void backward(Address logits, Dtype dtype, Size num_rows, Size vocab_size, Size 
 }
 
 py::dict build_info() {
-    using namespace py::literals;
     return py::dict("compiler"_a = __VERSION__, "instructions"_a = fuserl::instruction_set());
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-    using namespace py::literals;
-    using Unlocked = py::call_guard<py::gil_scoped_release>;
     py::enum_<Dtype>(module, "Dtype")
         .value("float32", Dtype::kFloat32)
         .value("bfloat16", Dtype::kBFloat16)
@@ -83,4 +68,7 @@ PYBIND11_MODULE(_native, module) {
                "temperature"_a, "softcap"_a, "loss_mask"_a, "stats"_a, "entropy"_a,
                "grad_logprobs"_a, "grad_entropy"_a, "out"_a, "out_dtype"_a, "out_stride"_a,
                "out_is_new"_a, "num_threads"_a, Unlocked());
+    bind_advantages(module);
+    bind_losses(module);
+    bind_sampling(module);
 }

@@ -1,4 +1,4 @@
-// The row loops over a struct Simd, written once. Each rows_*.cpp defines Simd for an instruction
+// The row loops over a struct Simd, written once. Each kernels_*.cpp defines Simd for an instruction
 // set and includes this inside its anonymous namespace, so that no copy can stand in for another.
 
 using Floats = Simd::Floats;
@@ -310,3 +310,5 @@ void backward(const Backward& task, std::int64_t first, std::int64_t last) {
         case Dtype::kFloat16: return backward_rows<Float16, Float16>(task, first, last);
     }
 }
+
+constexpr RowFunctions row_functions{forward, backward};

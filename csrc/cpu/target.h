@@ -8,7 +8,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "row_functions.h"
+#include "kernel_functions.h"
 
 #ifdef FUSERL_X86
 #include <immintrin.h>

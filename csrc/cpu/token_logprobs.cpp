@@ -2,8 +2,8 @@
 
 #include <stdexcept>
 
+#include "kernel_functions.h"
 #include "parallel.h"
-#include "row_functions.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -11,37 +11,6 @@
 
 namespace fuserl {
 namespace {
-
-// The best first; each machine has the last.
-const RowFunctions* const kSets[] = {
-#ifdef FUSERL_X86
-    &avx512_rows,
-    &avx2_rows,
-#endif
-    &baseline_rows,
-};
-
-bool runs_here(const RowFunctions* set) {
-#ifdef FUSERL_X86
-    __builtin_cpu_init();
-    if (set == &avx512_rows)
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (set == &avx2_rows) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-    return set == &baseline_rows;
-}
-
-const RowFunctions* best() {
-    for (const RowFunctions* set : kSets)
-        if (runs_here(set)) return set;
-    return &baseline_rows;
-}
-
-const RowFunctions*& chosen() {
-    static const RowFunctions* set = best();
-    return set;
-}
 
 // The system hands out new memory by the page, and most of a gradient's time would go there: ask
 // for pages of 2 MB. It is advice; where the system does not take it, the pages stay small.
@@ -61,7 +30,7 @@ void advise_large_pages(const Backward& task) {
 }  // namespace
 
 void token_logprobs_forward(const Forward& task, int num_threads) {
-    const auto forward = chosen()->forward;
+    const auto forward = kernel_functions().rows.forward;
     parallel_rows(task.rows.num_rows, task.rows.vocab_size, num_threads,
                   [&](std::int64_t first, std::int64_t last) { forward(task, first, last); });
 }
@@ -71,20 +40,9 @@ void token_logprobs_backward(const Backward& task, int num_threads) {
         !(task.rows.dtype == Dtype::kFloat32 && task.out_dtype == Dtype::kBFloat16))
         throw std::invalid_argument("out must have the dtype of logits, or bfloat16 for float32");
     if (task.out_is_new) advise_large_pages(task);
-    const auto backward = chosen()->backward;
+    const auto backward = kernel_functions().rows.backward;
     parallel_rows(task.rows.num_rows, task.rows.vocab_size, num_threads,
                   [&](std::int64_t first, std::int64_t last) { backward(task, first, last); });
-}
-
-const char* instruction_set() { return chosen()->name; }
-
-void set_instruction_set(const std::string& name) {
-    for (const RowFunctions* set : kSets)
-        if (name == set->name && runs_here(set)) {
-            chosen() = set;
-            return;
-        }
-    throw std::invalid_argument("this machine has no instruction set named " + name);
 }
 
 }  // namespace fuserl

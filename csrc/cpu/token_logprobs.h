@@ -8,11 +8,10 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
+
+#include "dtype.h"
 
 namespace fuserl {
-
-enum class Dtype { kFloat32, kBFloat16, kFloat16 };
 
 struct Rows {
     const void* logits;
@@ -52,9 +51,10 @@ struct Backward {
 void token_logprobs_forward(const Forward& task, int num_threads);
 void token_logprobs_backward(const Backward& task, int num_threads);
 
-// "avx512", "avx2" or "baseline": what the functions above use; the best that this machine has
-// until set_instruction_set chooses. It throws std::invalid_argument for a set not to be had here.
-const char* instruction_set();
-void set_instruction_set(const std::string& name);
+// What instruction sets have versions of: each does the rows [first, last).
+struct RowFunctions {
+    void (*forward)(const Forward& task, std::int64_t first, std::int64_t last);
+    void (*backward)(const Backward& task, std::int64_t first, std::int64_t last);
+};
 
 }  // namespace fuserl

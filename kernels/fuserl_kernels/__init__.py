@@ -16,7 +16,7 @@ from fuserl_kernels.reward_shaping import kl_penalty, shape_rewards
 from fuserl_kernels.sampling import sample_tokens
 from fuserl_kernels.token_logprobs import token_logprobs
 from fuserl_kernels.value_loss import value_loss
-from fuserl_kernels.whitening import masked_whiten
+from fuserl_kernels.whitening import masked_moments, masked_whiten
 
 __all__ = [
     "discounted_returns",
@@ -24,6 +24,7 @@ __all__ = [
     "kl_penalty",
     "linear_policy_loss",
     "linear_token_logprobs",
+    "masked_moments",
     "masked_whiten",
     "pairwise_loss",
     "policy_loss",

@@ -134,7 +134,7 @@ def _fake(
 
 def _check_data(*inputs: Any) -> None:
     if inputs[0].dim() == 1:
-        check_room(inputs[4], inputs[8], inputs[13])
+        check_room(inputs[4], inputs[9], inputs[14])
 
 
 _op = register(
@@ -162,6 +162,7 @@ def rewards_to_advantages(
     whiten_rewards: bool = False,
     masked: str = "identity",
     estimator: str = "k1",
+    kl_clip: float | None = None,
     score_slot: str = "last",
     score_clip: float | None = None,
     score_scale: float = 1.0,
@@ -186,6 +187,7 @@ def rewards_to_advantages(
         loss_mask,
         kl_coef,
         estimator,
+        kl_clip,
         score_slot,
         score_clip,
         score_scale,

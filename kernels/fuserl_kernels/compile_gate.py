@@ -1,6 +1,6 @@
 """`python -m fuserl_kernels.compile_gate`: every Triton kernel compiles for every target, and fits.
 
-Each kernel, configuration and typical signature (compile_cases.py) is compiled ahead of time on any
+Each kernel, configuration and typical signature (compile_cases/) is compiled ahead of time on any
 machine, with or without a GPU. For NVIDIA targets registers and stack are read from the cubin
 with the cuobjdump of Triton's wheel, shared memory from Triton's metadata, and the occupancy is
 computed from the three; for AMD the assembler's own counts are read. A row fails where it does not

@@ -26,27 +26,35 @@ from fuserl_kernels.linear_token_logprobs import (
 )
 from fuserl_kernels.policy_loss import (
     OPTIONS_SCHEMA,
+    SAPO_TEMPERATURES,
+    VESPO_GAMMA,
     check_layout,
     check_reference,
+    checked_advantages,
     constant_like,
+    correction_options,
     denominator_tensor,
     fake_loss,
     policy_metrics,
     policy_options,
     save_gradients,
-    token_advantages,
 )
 from fuserl_kernels.projection import Kernels, Projection
 from fuserl_kernels.reference.policy import (
     METRICS,
+    CorrectionOptions,
     PolicyOptions,
     aggregation_weights,
+    correction_weights,
     policy_gradient,
     policy_loss_fwd,
 )
-from fuserl_kernels.reference.sequences import compute_dtype, sequence_sum
+from fuserl_kernels.reference.sequences import compute_dtype, sequence_sum, spread
 from fuserl_kernels.registration import not_twice, register
 from fuserl_kernels.triton_policy_rows import policy_rows_triton
+
+# The advantages come in corrected.
+_UNCORRECTED = CorrectionOptions("none", "token", 0.0, 0.0)
 
 # --- by chunks of rows: any implementation of token_logprobs' rows
 
@@ -180,9 +188,15 @@ def forward_by_chunks(
     clip_low: float,
     clip_high: float,
     dual_clip: float,
+    gate_pos: float,
+    gate_neg: float,
+    gate_rate_pos: float,
+    gate_rate_neg: float,
+    log_ratio_clip: float,
     aggregation: str,
     kl_coef: float,
     kl_estimator: str,
+    kl_clip: float,
     entropy_coef: float,
     needs_hidden: bool,
     needs_weight: bool,
@@ -198,9 +212,15 @@ def forward_by_chunks(
         clip_low,
         clip_high,
         dual_clip,
+        gate_pos,
+        gate_neg,
+        gate_rate_pos,
+        gate_rate_neg,
+        log_ratio_clip,
         aggregation,
         kl_coef,
         kl_estimator,
+        kl_clip,
         entropy_coef,
     )
     projected = (hidden, weight, bias, token_ids, temperatures, temperature, softcap)
@@ -237,7 +257,7 @@ def forward_by_chunks(
         new, entropy, _ = implementation.forward(*projected, flat_mask, True)
         gradients = empty_gradients(hidden, weight, bias, False, False, False, wide_weight_grad)
 
-    loss, metrics, _, _ = policy_loss_fwd(
+    loss, metrics, *_ = policy_loss_fwd(
         new.view(loss_mask.shape),
         logprobs,
         advantages,
@@ -246,7 +266,9 @@ def forward_by_chunks(
         cu_seqlens,
         ref_logprobs,
         entropy.view(loss_mask.shape),
+        None,
         *options,
+        *_UNCORRECTED,
         False,
     )
     return loss, metrics, *gradients
@@ -351,8 +373,8 @@ def _hand_out(ctx: Any, grad_loss: torch.Tensor | None) -> list[torch.Tensor | N
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    save_gradients(ctx, output)
-    ctx.made, ctx.handed_out = inputs[-4:-1], False
+    save_gradients(ctx, output, inputs[-4:-1])
+    ctx.handed_out = False
 
 
 def _backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple:
@@ -403,8 +425,8 @@ class _AccumulatedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple:
         output = _op_into_total(*inputs)
-        save_gradients(ctx, output)
-        ctx.made, ctx.handed_out = (inputs[-5], inputs[-3]), False
+        save_gradients(ctx, output, (inputs[-5], inputs[-3]))
+        ctx.handed_out = False
         return output[:2]
 
     @staticmethod
@@ -437,15 +459,23 @@ def linear_policy_loss(
     denominator: float | torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     ref_logprobs: torch.Tensor | None = None,
+    rollout_logprobs: torch.Tensor | None = None,
     ratio_level: str = "token",
     clip: str = "ppo",
     clip_range: float = 0.2,
     clip_range_high: float | None = None,
     dual_clip: float | None = None,
+    sapo_temperatures: tuple[float, float] = SAPO_TEMPERATURES,
+    vespo_gamma: tuple[tuple[float, float], tuple[float, float]] = VESPO_GAMMA,
+    log_ratio_clip: float | None = None,
     aggregation: str = "token_mean",
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
+    kl_clip: float | None = None,
     entropy_coef: float = 0.0,
+    correction: str = "none",
+    correction_level: str = "token",
+    correction_range: tuple[float, float] = (0.0, 3.0),
     weight_grad: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """policy_loss of linear_token_logprobs(hidden, weight, token_ids), with equal gradients.
@@ -473,20 +503,38 @@ def linear_policy_loss(
         clip_range,
         clip_range_high,
         dual_clip,
+        sapo_temperatures,
+        vespo_gamma,
+        log_ratio_clip,
         aggregation,
         kl_coef,
         kl_estimator,
+        kl_clip,
         entropy_coef,
     )
-    check_layout(loss_mask, cu_seqlens, options)
+    corrections = correction_options(
+        correction, correction_level, correction_range, clip, rollout_logprobs
+    )
+    check_layout(loss_mask, cu_seqlens, options, correction_level)
     check_reference(options, ref_logprobs)
+    logprobs = checks.detached(logprobs)
+    advantages = checked_advantages(advantages, loss_mask, cu_seqlens)
+    if advantages.shape != loss_mask.shape:
+        advantages = spread(advantages, loss_mask, cu_seqlens)
+    corrected = None
+    rollout_logprobs = constant_like("rollout_logprobs", rollout_logprobs, "token_ids", token_ids)
+    if rollout_logprobs is not None:
+        factors, corrected = correction_weights(
+            logprobs, rollout_logprobs, loss_mask, cu_seqlens, corrections
+        )
+        advantages = advantages * factors
     inputs = (
         hidden.reshape(token_ids.numel(), hidden.shape[-1]),
         weight,
         bias,
         token_ids.reshape(-1).long(),
-        checks.detached(logprobs),
-        token_advantages(advantages, loss_mask, cu_seqlens),
+        logprobs,
+        advantages,
         loss_mask,
         temperatures,
         number,
@@ -506,7 +554,12 @@ def linear_policy_loss(
         loss, metrics = _AccumulatedLoss.apply(*inputs, weight_grad)
     else:
         loss, metrics, *_ = _op(*inputs)
-    return loss, policy_metrics(metrics, ref_logprobs is not None, True)
+    named = policy_metrics(metrics, ref_logprobs is not None, True)
+    if corrected is not None:
+        num_tokens = loss_mask.sum().clamp(min=1)
+        named["correction/weight"] = torch.where(loss_mask, factors, 0).sum() / num_tokens
+        named["correction/clipfrac"] = (corrected & loss_mask).sum() / num_tokens
+    return loss, named
 
 
 def _check_weight_grad(weight_grad: torch.Tensor, weight: torch.Tensor) -> None:

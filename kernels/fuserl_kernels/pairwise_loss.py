@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fuserl_kernels import checks
-from fuserl_kernels.policy_loss import fake_loss, save_gradients, scalar_tensor, scaled_gradients
+from fuserl_kernels.policy_loss import fake_loss, scalar_tensor
 from fuserl_kernels.reference.pairwise import METRICS, pairwise_loss_fwd
 from fuserl_kernels.registration import register
 
@@ -31,12 +31,16 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    save_gradients(ctx, output)
-    ctx.made = (inputs[-1], inputs[-1])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[2:])
 
 
 def _backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple:
-    return (*scaled_gradients(ctx, grad_loss), None, None, None)
+    if grad_loss is None:
+        return None, None, None, None, None
+    grad_chosen, grad_rejected = ctx.saved_tensors
+    return grad_chosen * grad_loss, grad_rejected * grad_loss, None, None, None
 
 
 _op = register(

@@ -6,11 +6,16 @@ import torch
 
 from fuserl_kernels import checks
 from fuserl_kernels.policy_loss import (
+    CORRECTION_SCHEMA,
     OPTIONS_SCHEMA,
+    SAPO_TEMPERATURES,
+    VESPO_GAMMA,
     check_entropy,
     check_layout,
     check_reference,
+    checked_advantages,
     constant_like,
+    correction_options,
     denominator_tensor,
     fake_gradient,
     fake_loss,
@@ -18,10 +23,9 @@ from fuserl_kernels.policy_loss import (
     policy_options,
     save_gradients,
     scaled_gradients,
-    token_advantages,
 )
 from fuserl_kernels.reference.policy import METRICS as POLICY_METRICS
-from fuserl_kernels.reference.policy import PolicyOptions, ppo_loss_fwd
+from fuserl_kernels.reference.policy import CorrectionOptions, PolicyOptions, ppo_loss_fwd
 from fuserl_kernels.reference.value import METRICS as VALUE_METRICS
 from fuserl_kernels.registration import register
 from fuserl_kernels.value_loss import checked_clip_range
@@ -29,13 +33,16 @@ from fuserl_kernels.value_loss import checked_clip_range
 FORWARD = {"reference": ppo_loss_fwd}
 
 _NEW_VALUES, _CU_SEQLENS, _ENTROPY = 3, 12, 14  # positions in the schema
-_NUM_INPUTS = 15 + len(PolicyOptions._fields) + 1
+_NUM_INPUTS = 16 + len(PolicyOptions._fields) + len(CorrectionOptions._fields) + 1
 
 
 def _fake(*inputs: Any) -> tuple[torch.Tensor, ...]:
     new_logprobs, needs_grad = inputs[0], inputs[-1]
+    loss, metrics = fake_loss(new_logprobs, len(POLICY_METRICS) + len(VALUE_METRICS))
     return (
-        *fake_loss(new_logprobs, len(POLICY_METRICS) + len(VALUE_METRICS)),
+        loss,
+        metrics,
+        loss.new_empty(2),
         fake_gradient(new_logprobs, needs_grad, new_logprobs),
         fake_gradient(inputs[_ENTROPY], needs_grad, new_logprobs),
         fake_gradient(inputs[_NEW_VALUES], needs_grad, inputs[_NEW_VALUES]),
@@ -47,14 +54,15 @@ def _check_data(*inputs: Any) -> None:
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    save_gradients(ctx, output)
     needs_grad = inputs[-1]
-    ctx.made = (needs_grad, needs_grad and inputs[_ENTROPY] is not None, needs_grad)
+    made = (needs_grad, needs_grad and inputs[_ENTROPY] is not None, needs_grad)
+    save_gradients(ctx, output, made)
 
 
 def _backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple:
     gradients: list[torch.Tensor | None] = [None] * _NUM_INPUTS
-    gradients[0], gradients[_ENTROPY], gradients[_NEW_VALUES] = scaled_gradients(ctx, grad_loss)
+    scaled = scaled_gradients(ctx, grad_loss, (0, 0, 1))
+    gradients[0], gradients[_ENTROPY], gradients[_NEW_VALUES] = scaled
     return tuple(gradients)
 
 
@@ -62,8 +70,9 @@ _op = register(
     "ppo_loss(Tensor new_logprobs, Tensor logprobs, Tensor advantages, Tensor new_values, "
     "Tensor values, Tensor returns, Tensor loss_mask, Tensor value_mask, float vf_coef, "
     "float value_clip_range, Tensor? value_denominator, Tensor? denominator, Tensor? cu_seqlens, "
-    f"Tensor? ref_logprobs, Tensor? entropy, {OPTIONS_SCHEMA}, bool needs_grad) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? ref_logprobs, Tensor? entropy, Tensor? rollout_logprobs, "
+    f"{OPTIONS_SCHEMA}, {CORRECTION_SCHEMA}, bool needs_grad) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     FORWARD,
     _fake,
     check=_check_data,
@@ -89,15 +98,23 @@ def ppo_loss(
     cu_seqlens: torch.Tensor | None = None,
     ref_logprobs: torch.Tensor | None = None,
     entropy: torch.Tensor | None = None,
+    rollout_logprobs: torch.Tensor | None = None,
     ratio_level: str = "token",
     clip: str = "ppo",
     clip_range: float = 0.2,
     clip_range_high: float | None = None,
     dual_clip: float | None = None,
+    sapo_temperatures: tuple[float, float] = SAPO_TEMPERATURES,
+    vespo_gamma: tuple[tuple[float, float], tuple[float, float]] = VESPO_GAMMA,
+    log_ratio_clip: float | None = None,
     aggregation: str = "token_mean",
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
+    kl_clip: float | None = None,
     entropy_coef: float = 0.0,
+    correction: str = "none",
+    correction_level: str = "token",
+    correction_range: tuple[float, float] = (0.0, 3.0),
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """policy_loss(...) + vf_coef * value_loss(...) of one microbatch.
 
@@ -124,18 +141,25 @@ def ppo_loss(
         clip_range,
         clip_range_high,
         dual_clip,
+        sapo_temperatures,
+        vespo_gamma,
+        log_ratio_clip,
         aggregation,
         kl_coef,
         kl_estimator,
+        kl_clip,
         entropy_coef,
     )
-    check_layout(loss_mask, cu_seqlens, options)
+    corrections = correction_options(
+        correction, correction_level, correction_range, clip, rollout_logprobs
+    )
+    check_layout(loss_mask, cu_seqlens, options, correction_level)
     check_reference(options, ref_logprobs)
     check_entropy(options, entropy, new_logprobs)
     loss, metrics, *_ = _op(
         new_logprobs,
         checks.detached(logprobs),
-        token_advantages(advantages, loss_mask, cu_seqlens),
+        checked_advantages(advantages, loss_mask, cu_seqlens),
         new_values,
         checks.detached(values),
         checks.detached(returns),
@@ -148,11 +172,16 @@ def ppo_loss(
         cu_seqlens,
         constant_like("ref_logprobs", ref_logprobs, "new_logprobs", new_logprobs),
         entropy,
+        constant_like("rollout_logprobs", rollout_logprobs, "new_logprobs", new_logprobs),
         *options,
+        *corrections,
         checks.wants_grad(new_logprobs, entropy, new_values),
     )
     named = policy_metrics(
-        metrics[: len(POLICY_METRICS)], ref_logprobs is not None, entropy is not None
+        metrics[: len(POLICY_METRICS)],
+        ref_logprobs is not None,
+        entropy is not None,
+        correction != "none",
     )
     values_part = metrics[len(POLICY_METRICS) :]
     return loss, named | dict(zip(VALUE_METRICS, values_part.unbind(), strict=True))

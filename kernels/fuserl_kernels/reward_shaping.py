@@ -29,27 +29,27 @@ SHAPE_FORWARD = {"reference": shape_rewards_fwd}
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-    logprobs, ref_logprobs, ctx.estimator = inputs
+    logprobs, ref_logprobs, *ctx.options = inputs
     ctx.save_for_backward(logprobs, ref_logprobs)
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
     logprobs, ref_logprobs = ctx.saved_tensors
-    return (*_kl_op_bwd(logprobs, ref_logprobs, ctx.estimator, grad), None)
+    return (*_kl_op_bwd(logprobs, ref_logprobs, *ctx.options, grad), None, None)
 
 
 _kl_op = register(
-    "kl_penalty(Tensor logprobs, Tensor ref_logprobs, str estimator) -> Tensor",
+    "kl_penalty(Tensor logprobs, Tensor ref_logprobs, str estimator, float kl_clip) -> Tensor",
     KL_FORWARD,
-    lambda logprobs, ref_logprobs, _: logprobs.new_empty(
+    lambda logprobs, ref_logprobs, *_: logprobs.new_empty(
         logprobs.shape, dtype=compute_dtype(logprobs, ref_logprobs)
     ),
     setup_context=_setup_context,
     backward=_backward,
 )
 _kl_op_bwd = register(
-    "kl_penalty_bwd(Tensor logprobs, Tensor ref_logprobs, str estimator, Tensor grad) "
-    "-> (Tensor, Tensor)",
+    "kl_penalty_bwd(Tensor logprobs, Tensor ref_logprobs, str estimator, float kl_clip, "
+    "Tensor grad) -> (Tensor, Tensor)",
     KL_BACKWARD,
     lambda logprobs, ref_logprobs, *_: (
         logprobs.new_empty(logprobs.shape),
@@ -59,26 +59,39 @@ _kl_op_bwd = register(
 
 
 def kl_penalty(
-    logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str = "k1"
+    logprobs: torch.Tensor,
+    ref_logprobs: torch.Tensor,
+    estimator: str = "k1",
+    *,
+    kl_clip: float | None = None,
 ) -> torch.Tensor:
     """Estimate of KL(policy || reference) from the log-probability of each sampled token.
 
     With d = logprobs - ref_logprobs: "k1" d; "k2" d^2 / 2; "k3" exp(-d) - 1 + d; "abs" |d|.
-    Nothing is clamped. Any one shape; float32 out (float64 if either input is); gradients reach
-    both inputs.
+    kl_clip holds the estimate within +-kl_clip, with no gradient beyond; None clamps nothing.
+    Any one shape; float32 out (float64 if either input is); gradients reach both inputs.
     """
     checks.floating("logprobs", logprobs)
     checks.like("ref_logprobs", ref_logprobs, "logprobs", logprobs)
     checks.choice("estimator", estimator, ESTIMATORS)
-    return _kl_op(logprobs, ref_logprobs, estimator)
+    return _kl_op(logprobs, ref_logprobs, estimator, _checked_kl_clip(kl_clip))
+
+
+def _checked_kl_clip(kl_clip: float | None) -> float:
+    """None, for no bound, becomes 0."""
+    if kl_clip is None:
+        return 0.0
+    checks.above("kl_clip", kl_clip, 0.0)
+    return float(kl_clip)
 
 
 # --- shape_rewards
 
 
 SHAPING_SCHEMA = (
-    "Tensor? has_eos, Tensor kl_coef, str estimator, str score_slot, float score_clip, "
-    "float score_scale, str missing_eos, float missing_eos_penalty, int max_length"
+    "Tensor? has_eos, Tensor kl_coef, str estimator, float kl_clip, str score_slot, "
+    "float score_clip, float score_scale, str missing_eos, float missing_eos_penalty, "
+    "int max_length"
 )
 
 
@@ -99,7 +112,7 @@ def check_room(loss_mask: torch.Tensor, score_slot: str, max_length: int) -> Non
 
 def _check_data(*inputs: Any) -> None:
     if inputs[0].dim() == 1:
-        check_room(inputs[3], inputs[7], inputs[12])
+        check_room(inputs[3], inputs[8], inputs[13])
 
 
 _shape_op = register(
@@ -118,6 +131,7 @@ def shaping_arguments(
     loss_mask: torch.Tensor,
     kl_coef: float | torch.Tensor,
     estimator: str,
+    kl_clip: float | None,
     score_slot: str,
     score_clip: float | None,
     score_scale: float,
@@ -165,6 +179,7 @@ def shaping_arguments(
         has_eos,
         scalar_tensor("kl_coef", kl_coef, logprobs),
         estimator,
+        _checked_kl_clip(kl_clip),
         score_slot,
         math.inf if score_clip is None else float(score_clip),
         float(score_scale),
@@ -183,6 +198,7 @@ def shape_rewards(
     *,
     kl_coef: float | torch.Tensor,
     estimator: str = "k1",
+    kl_clip: float | None = None,
     score_slot: str = "last",
     score_clip: float | None = None,
     score_scale: float = 1.0,
@@ -195,6 +211,7 @@ def shape_rewards(
 
     scores: [B], or [B, T] for a score at each trained token (score_slot then does not apply).
     logprobs, ref_logprobs: [B, T]; loss_mask: [B, T] bool, may have holes. kl_coef: number or 0-d.
+    estimator, kl_clip: as in kl_penalty.
     score_slot: "last", the last trained token; "after", the slot behind it.
     max_length: the completion budget. With "after", a row that used it up has its score on its last
         token. Without it T is the budget; pass it where T is trimmed to the batch, so that the slot
@@ -214,6 +231,7 @@ def shape_rewards(
         loss_mask,
         kl_coef,
         estimator,
+        kl_clip,
         score_slot,
         score_clip,
         score_scale,

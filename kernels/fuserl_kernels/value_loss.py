@@ -23,24 +23,21 @@ FORWARD = {"reference": value_loss_fwd}
 
 
 def _fake(new_values: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
-    return (
-        *fake_loss(new_values, len(METRICS)),
-        fake_gradient(new_values, rest[-1], new_values),
-    )
+    loss, metrics = fake_loss(new_values, len(METRICS))
+    return loss, metrics, loss.new_empty(1), fake_gradient(new_values, rest[-1], new_values)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    save_gradients(ctx, output)
-    ctx.made = (inputs[-1],)
+    save_gradients(ctx, output, (inputs[-1],))
 
 
 def _backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple:
-    return (*scaled_gradients(ctx, grad_loss), None, None, None, None, None, None)
+    return (*scaled_gradients(ctx, grad_loss, (0,)), None, None, None, None, None, None)
 
 
 _op = register(
     "value_loss(Tensor new_values, Tensor values, Tensor returns, Tensor loss_mask, "
-    "float clip_range, Tensor? denominator, bool needs_grad) -> (Tensor, Tensor, Tensor)",
+    "float clip_range, Tensor? denominator, bool needs_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     FORWARD,
     _fake,
     setup_context=_setup_context,
@@ -81,7 +78,7 @@ def value_loss(
     checks.mask("loss_mask", loss_mask, "new_values", new_values)
     checks.like("values", values, "new_values", new_values)
     checks.like("returns", returns, "new_values", new_values)
-    loss, metrics, _ = _op(
+    loss, metrics, *_ = _op(
         new_values,
         checks.detached(values),
         checks.detached(returns),

@@ -15,34 +15,48 @@ MASKED = ("identity", "carry")
 WHITEN_EPSILON = 1e-8
 
 
+def kl_estimate(d: torch.Tensor, estimator: str, kl_clip: float) -> torch.Tensor:
+    """With d = logprob - ref_logprob: k1 d, k2 d^2 / 2, k3 exp(-d) - 1 + d, abs |d|; held within
+    +-kl_clip unless that is 0."""
+    if estimator == "k1":
+        kl = d
+    elif estimator == "k2":
+        kl = 0.5 * d.square()
+    else:
+        kl = torch.expm1(-d) + d if estimator == "k3" else d.abs()
+    return kl.clamp(-kl_clip, kl_clip) if kl_clip else kl
+
+
+def kl_slope(d: torch.Tensor, estimator: str, kl_clip: float) -> torch.Tensor:
+    """Derivative of the estimate to d; 0 where kl_clip holds it."""
+    if estimator == "k1":
+        slope = torch.ones_like(d)
+    elif estimator == "k2":
+        slope = d
+    else:
+        slope = -torch.expm1(-d) if estimator == "k3" else d.sign()
+    if kl_clip:
+        slope = torch.where(kl_estimate(d, estimator, 0.0).abs() > kl_clip, 0, slope)
+    return slope
+
+
 def kl_penalty_fwd(
-    logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str
+    logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str, kl_clip: float
 ) -> torch.Tensor:
-    """With d = logprob - ref_logprob: k1 d, k2 d^2 / 2, k3 exp(-d) - 1 + d, abs |d|."""
     dtype = compute_dtype(logprobs, ref_logprobs)
-    d = logprobs.to(dtype) - ref_logprobs.to(dtype)
-    if estimator == "k1":
-        return d
-    if estimator == "k2":
-        return 0.5 * d.square()
-    return torch.expm1(-d) + d if estimator == "k3" else d.abs()
-
-
-def kl_slope(d: torch.Tensor, estimator: str) -> torch.Tensor:
-    """Derivative of the estimator to d."""
-    if estimator == "k1":
-        return torch.ones_like(d)
-    if estimator == "k2":
-        return d
-    return -torch.expm1(-d) if estimator == "k3" else d.sign()
+    return kl_estimate(logprobs.to(dtype) - ref_logprobs.to(dtype), estimator, kl_clip)
 
 
 def kl_penalty_bwd(
-    logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str, grad: torch.Tensor
+    logprobs: torch.Tensor,
+    ref_logprobs: torch.Tensor,
+    estimator: str,
+    kl_clip: float,
+    grad: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = compute_dtype(logprobs, ref_logprobs)
     d = logprobs.to(dtype) - ref_logprobs.to(dtype)
-    slope = grad * kl_slope(d, estimator)
+    slope = grad * kl_slope(d, estimator, kl_clip)
     return slope.to(logprobs.dtype), (-slope).to(ref_logprobs.dtype)
 
 
@@ -69,6 +83,7 @@ def shape_rewards_fwd(
     has_eos: torch.Tensor | None,  # [B] bool
     kl_coef: torch.Tensor,  # 0-d
     estimator: str,
+    kl_clip: float,  # 0 for none
     score_slot: str,
     score_clip: float,  # infinite for none
     score_scale: float,
@@ -83,7 +98,7 @@ def shape_rewards_fwd(
     dtype = compute_dtype(scores, logprobs)
     new = torch.where(loss_mask, logprobs.to(dtype), 0)
     ref = torch.where(loss_mask, ref_logprobs.to(dtype), 0)
-    kl = kl_penalty_fwd(new, ref, estimator)
+    kl = kl_estimate(new - ref, estimator, kl_clip)
     score = scores.to(dtype).clamp(-score_clip, score_clip) * score_scale
     if has_eos is not None and missing_eos == "replace":
         score = torch.where(has_eos, score, -missing_eos_penalty)
@@ -187,17 +202,40 @@ def discounted_returns_fwd(
     return torch.where(loss_mask, returns, 0)
 
 
-def masked_whiten_fwd(
-    x: torch.Tensor, mask: torch.Tensor, shift_mean: bool, unbiased: bool
-) -> torch.Tensor:
-    """(x - mean) / sqrt(var + 1e-8) over the mask (+ mean unless shift_mean); 0 outside it."""
-    inside = torch.where(mask, x.to(compute_dtype(x)), 0)
+def masked_moments_fwd(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """float64 [3]: the number of entries under the mask, their mean, and the sum of their squared
+    deviations from it."""
+    inside = torch.where(mask, x.double(), 0)
     count = mask.sum()
     mean = inside.sum() / count.clamp(min=1)
     deviation = torch.where(mask, inside - mean, 0)
-    variance = deviation.square().sum() / (count - int(unbiased)).clamp(min=1)
-    white = deviation * torch.rsqrt(variance + WHITEN_EPSILON)
-    return white if shift_mean else torch.where(mask, white + mean, 0)
+    return torch.stack([count.double(), mean, deviation.square().sum()])
+
+
+def merged_moments(moments: torch.Tensor) -> torch.Tensor:
+    """Moments [W, 3] of W disjoint sets -> [3] of all of them."""
+    counts, means, squares = moments.unbind(-1)
+    count = counts.sum()
+    mean = (counts * means).sum() / count.clamp(min=1)
+    return torch.stack([count, mean, (squares + counts * (means - mean).square()).sum()])
+
+
+def masked_whiten_fwd(
+    x: torch.Tensor,
+    mask: torch.Tensor,
+    moments: torch.Tensor | None,  # [W, 3] float64, or None for those of x
+    shift_mean: bool,
+    unbiased: bool,
+) -> torch.Tensor:
+    """(x - mean) / sqrt(var + 1e-8) over the mask (+ mean unless shift_mean); 0 outside it."""
+    if moments is None:
+        moments = masked_moments_fwd(x, mask).unsqueeze(0)
+    dtype = compute_dtype(x)
+    count, mean, squares = merged_moments(moments).unbind()
+    variance = squares / (count - int(unbiased)).clamp(min=1)
+    factor = torch.rsqrt(variance + WHITEN_EPSILON)
+    white = (x.double() - mean) * factor
+    return torch.where(mask, white if shift_mean else white + mean, 0).to(dtype)
 
 
 def rewards_to_advantages_fwd(
@@ -209,6 +247,7 @@ def rewards_to_advantages_fwd(
     has_eos: torch.Tensor | None,
     kl_coef: torch.Tensor,
     estimator: str,
+    kl_clip: float,
     score_slot: str,
     score_clip: float,
     score_scale: float,
@@ -232,6 +271,7 @@ def rewards_to_advantages_fwd(
         has_eos,
         kl_coef,
         estimator,
+        kl_clip,
         score_slot,
         score_clip,
         score_scale,
@@ -243,10 +283,10 @@ def rewards_to_advantages_fwd(
     if scores.dim() == 1:
         value_mask |= score_slots(loss_mask, score_slot, max_length)
     if whiten_rewards:
-        rewards = masked_whiten_fwd(rewards, value_mask, False, unbiased)
+        rewards = masked_whiten_fwd(rewards, value_mask, None, False, unbiased)
     advantages, returns = gae_fwd(
         rewards, values, loss_mask, value_mask, None, gamma, gae_lambda, masked
     )
     if whiten:
-        advantages = masked_whiten_fwd(advantages, loss_mask, True, unbiased)
+        advantages = masked_whiten_fwd(advantages, loss_mask, None, True, unbiased)
     return advantages, returns, rewards, kl

@@ -1,9 +1,11 @@
 """Sampling one token per row, with bits that depend on (seed, request id, position) only.
 
 Bits: Philox 4x32 with 10 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3"),
-key = (seed low, seed high), counter = (position, request low, request high, 0). The first two words
-make a float64 uniform in [0, 1) of 53 bits. The token is the inverse CDF of the kept set in index
-order, so a row's token depends on nothing but its own logits and bits.
+key = (seed low, seed high), counter = (position, request low, request high, 0). The first two
+words make a float64 uniform in [0, 1) of 53 bits. The token is the inverse CDF of the kept set, so
+a row's token depends on nothing but its own logits and bits. The CDF runs lane by lane: over the
+columns 0, LANES, 2 LANES, ..., then 1, LANES + 1, ... A kernel that keeps a sum for each lane has
+read the row once when it knows the lane, and then looks at the few columns of that lane again.
 """
 
 import functools
@@ -18,6 +20,7 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
 _ROUNDS = 10
+LANES = 2048
 
 
 @functools.lru_cache(maxsize=16)
@@ -59,17 +62,17 @@ def uniform(seed: int, request_ids: torch.Tensor, positions: torch.Tensor) -> to
 
 
 def _top_k(x: torch.Tensor, k: int) -> torch.Tensor:
-    """Token ids [B, k] of the k largest entries, ties by lowest index, in index order."""
+    """Mask of the k largest entries, ties by lowest index."""
     threshold = x.topk(k, -1, sorted=True).values[:, -1:]
     above = x > threshold
     tied = x == threshold
     room = k - above.sum(-1, keepdim=True)
-    kept = above | (tied & (tied.cumsum(-1) <= room))
-    return kept.nonzero()[:, 1].view(-1, k)
+    return above | (tied & (tied.cumsum(-1) <= room))
 
 
 def _top_p(x: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Mask of the smallest set of likeliest entries whose mass reaches top_p (at least one)."""
+    """Mask of the smallest set of likeliest entries whose mass reaches top_p (at least one), ties
+    by lowest index."""
     ordered, order = x.sort(dim=-1, descending=True, stable=True)
     mass = torch.softmax(ordered, -1).double()
     kept = mass.cumsum(-1) - mass < top_p
@@ -78,12 +81,18 @@ def _top_p(x: torch.Tensor, top_p: float) -> torch.Tensor:
 
 
 def _draw(probabilities: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Index [B] of the first entry whose cumulative mass exceeds u * total; never one of mass 0.
+    """Column [B] of the first entry, lane by lane, whose cumulative mass exceeds u * total; never
+    one of mass 0.
 
     There always is one: for u <= 1 - 2^-53 the float64 product u * total rounds below total."""
-    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    num_rows, vocab_size = probabilities.shape
+    turns = -(-vocab_size // LANES)
+    padded = torch.nn.functional.pad(probabilities, (0, turns * LANES - vocab_size))
+    by_lane = padded.view(num_rows, turns, LANES).transpose(1, 2).reshape(num_rows, turns * LANES)
+    cumulative = by_lane.cumsum(-1, dtype=torch.float64)
     target = u.unsqueeze(-1) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    place = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    return place % turns * LANES + place // turns
 
 
 def sample_tokens_fwd(
@@ -102,6 +111,7 @@ def sample_tokens_fwd(
     Truncation applies top_k, then top_p to what is left renormalised, then min_p relative to the
     maximum. A row with a NaN, a +inf or nothing but -inf returns -1, NaN, NaN."""
     vocab_size = logits.shape[1]
+    truncates = 0 < top_k < vocab_size or top_p < 1 or min_p > 0
     x = logits.to(compute_dtype(logits))
     truncated = None
     if temperature == 0:
@@ -113,21 +123,17 @@ def sample_tokens_fwd(
         x = x - x.amax(-1, keepdim=True)
         if temperature != 1.0:
             x /= temperature
-        candidates = None
+        # A row that is no distribution is reported below; any token will do for it.
+        x = torch.where(x.isnan().any(-1, keepdim=True), 0, x)
         if 0 < top_k < vocab_size:
-            x = torch.where(
-                x.isnan().any(-1, keepdim=True), 0, x
-            )  # reported below, any token will do
-            candidates = _top_k(x, top_k)
-            x = x.gather(-1, candidates)
+            x = torch.where(_top_k(x, top_k), x, -torch.inf)
         if top_p < 1:
             x = torch.where(_top_p(x, top_p), x, -torch.inf)
         if min_p > 0:
             x = torch.where(x >= math.log(min_p), x, -torch.inf)
-        choice = _draw(torch.softmax(x, -1), u).clamp(max=x.shape[1] - 1).unsqueeze(-1)
-        if candidates is not None or top_p < 1 or min_p > 0:
-            truncated = torch.log_softmax(x, -1).gather(-1, choice).squeeze(-1)
-        token_ids = (choice if candidates is None else candidates.gather(-1, choice)).squeeze(-1)
+        token_ids = _draw(torch.softmax(x, -1), u)
+        if truncates:
+            truncated = torch.log_softmax(x, -1).gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
     logprobs, _, _ = row_forward(logits, token_ids, None, temperature, 0.0, None, False)
     broken = logprobs.isnan()
     token_ids = torch.where(broken, -1, token_ids)

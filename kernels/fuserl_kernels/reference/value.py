@@ -19,8 +19,9 @@ def value_loss_fwd(
     clip_range: float,  # infinite for none
     denominator: torch.Tensor | None,
     needs_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns loss, metrics in the order of METRICS, and the gradient of new_values."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns loss, metrics in the order of METRICS, scale [1] = 1 / denominator, and the gradient
+    of new_values, still to be multiplied by scale."""
     dtype = compute_dtype(new_values)
     new, old, target = (
         torch.where(loss_mask, x.to(dtype), 0) for x in (new_values, values, returns)
@@ -35,7 +36,7 @@ def value_loss_fwd(
     divisor = num_tokens if denominator is None else denominator.to(dtype)
     divisor = torch.where(divisor == 0, 1, divisor)
     squares = 0.5 * worst.square()
-    loss = squares.sum() / divisor
+    loss, scale = squares.sum() / divisor, (1 / divisor).view(1)
 
     def variance(x: torch.Tensor) -> torch.Tensor:
         deviation = torch.where(loss_mask, x - x.sum() / count, 0)
@@ -47,6 +48,6 @@ def value_loss_fwd(
         [squares.sum() / count, clipped.to(dtype).sum() / count, explained, num_tokens]
     )
     if not needs_grad:
-        return loss, metrics, new_values.new_empty(0)
+        return loss, metrics, scale, new_values.new_empty(0)
     slope = torch.where(clipped & (bounded != new), 0, worst)
-    return loss, metrics, (slope / divisor).to(new_values.dtype)
+    return loss, metrics, scale, slope.to(new_values.dtype)

@@ -1,76 +1,25 @@
-"""What the compile gate compiles: each Triton kernel, its configurations, and typical arguments.
-
-A case's arguments are Triton's type names ("*bf16", "i32", "fp32"; with ":16" where a pointer or a
-size is a multiple of 16, as it is in training), or values the compiler knows (None for an absent
-tensor, a stride of 1, a constexpr). Sizes of the floors: N = 8192, V = 128256, D = 4096.
-"""
+"""Cases of the log-probability kernels and of the policy rows."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 from fuserl_kernels import triton_linear_logprobs as linear
 from fuserl_kernels import triton_policy_rows as policy
-from fuserl_kernels.triton_runtime import Configuration, triton
+from fuserl_kernels.compile_cases.case import (
+    HIDDEN_SIZE,
+    ITEM_BYTES,
+    MATRIX_FLOPS,
+    NUM_ROWS,
+    VECTOR_FLOPS,
+    VOCAB_SIZE,
+    Case,
+    arguments_of,
+)
+from fuserl_kernels.triton_runtime import triton
 
 # The module: the package has a function of the same name.
 token_logprobs = import_module("fuserl_kernels.token_logprobs")
-
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-NUM_ROWS, VOCAB_SIZE, HIDDEN_SIZE = 8192, 128256, 4096
-BYTES_A_SECOND = 4.3e12  # an H200's copy bandwidth, measured, reads and writes counted
-MATRIX_FLOPS = 790e12  # its bf16 product rate, measured on random data
-VECTOR_FLOPS = 67e12  # its float32 rate by the data sheet
-_SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
-_NUMBERS = "temperature softcap clip_low clip_high dual_clip kl_coef entropy_coef".split()
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel with one configuration and one set of argument types, for one target.
-
-    min_warps: resident warps a multiprocessor, at least, as the occupancy calculation gives them.
-    max_spill_bytes: stack of a thread, at most.
-    num_bytes: read and written in device memory by design; num_flops: of the product.
-    """
-
-    op: str
-    variant: str
-    target: str
-    function: Any
-    configuration: Configuration
-    arguments: dict[str, Any]
-    min_warps: int
-    max_spill_bytes: int
-    num_bytes: float
-    num_flops: float = 0.0
-    flops_a_second: float = MATRIX_FLOPS
-
-    def floor_ms(self) -> float:
-        """Time at an H200's measured limits, in milliseconds."""
-        return 1e3 * max(
-            self.num_bytes / BYTES_A_SECOND,
-            self.num_flops / self.flops_a_second,
-        )
-
-
-def _arguments(function: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Types of all arguments: those given, and by their names those that are not."""
-    types: dict[str, Any] = {
-        "token_ids_ptr": "*i64:16",
-        "mask_ptr": "*i1:16",
-        "num_rows": "i32",
-        "num_vocab_tiles": "i32",
-        **dict.fromkeys(_NUMBERS, "fp32"),
-    }
-    return {
-        name: given[name]
-        if name in given
-        else types.get(name, "*fp32:16" if name.endswith("_ptr") else "i32:16")
-        for name in function.arg_names
-    }
-
 
 # A plain call, and one with every option on.
 _PLAIN: dict[str, Any] = {"temperatures_ptr": None, "SOFTCAP": False}
@@ -96,17 +45,17 @@ def _token_logprobs(target: str) -> Iterator[Case]:
     variants.append(("bf16 any strides", "bf16", _PLAIN | _ODD | {"ENTROPY": True}))
     for variant, dtype, given in variants:
         logits = {"logits_ptr": f"*{dtype}:16"}
-        for configuration in token_logprobs.FWD_CONFIGURATIONS[_SIZES[dtype]]:
+        for configuration in token_logprobs.FWD_CONFIGURATIONS[ITEM_BYTES[dtype]]:
             yield Case(
                 "token_logprobs",
                 variant,
                 target,
                 token_logprobs._fwd_kernel,
                 configuration,
-                _arguments(token_logprobs._fwd_kernel, logits | given),
+                arguments_of(token_logprobs._fwd_kernel, logits | given),
                 16,
                 0,
-                NUM_ROWS * VOCAB_SIZE * _SIZES[dtype],
+                NUM_ROWS * VOCAB_SIZE * ITEM_BYTES[dtype],
             )
 
 
@@ -127,10 +76,10 @@ def _token_logprobs_bwd(target: str) -> Iterator[Case]:
                 target,
                 token_logprobs._bwd_kernel,
                 configuration,
-                _arguments(token_logprobs._bwd_kernel, tensors | given),
+                arguments_of(token_logprobs._bwd_kernel, tensors | given),
                 16,
                 0,
-                NUM_ROWS * VOCAB_SIZE * (_SIZES[dtype] + _SIZES[out]),
+                NUM_ROWS * VOCAB_SIZE * (ITEM_BYTES[dtype] + ITEM_BYTES[out]),
             )
 
 
@@ -150,10 +99,10 @@ def _policy_rows(target: str) -> Iterator[Case]:
                 target,
                 policy._policy_rows_kernel,
                 configuration,
-                _arguments(policy._policy_rows_kernel, tensors | given),
+                arguments_of(policy._policy_rows_kernel, tensors | given),
                 8,
                 64,  # scalars of the row that live across both walks
-                NUM_ROWS * VOCAB_SIZE * (_SIZES[dtype] + _SIZES[out]),
+                NUM_ROWS * VOCAB_SIZE * (ITEM_BYTES[dtype] + ITEM_BYTES[out]),
             )
 
 
@@ -183,10 +132,10 @@ def _linear_forward(target: str) -> Iterator[Case]:
                     target,
                     linear._linear_kernel,
                     configuration,
-                    _arguments(linear._linear_kernel, matrices | strides | given),
+                    arguments_of(linear._linear_kernel, matrices | strides | given),
                     8,
                     64,  # values that live across the product, spilled once a tile
-                    (NUM_ROWS + VOCAB_SIZE) * HIDDEN_SIZE * _SIZES[dtype],
+                    (NUM_ROWS + VOCAB_SIZE) * HIDDEN_SIZE * ITEM_BYTES[dtype],
                     2.0 * NUM_ROWS * VOCAB_SIZE * HIDDEN_SIZE,
                     MATRIX_FLOPS if dtype == "bf16" else VECTOR_FLOPS,
                 )
@@ -198,14 +147,13 @@ def _linear_forward(target: str) -> Iterator[Case]:
             target,
             linear._merge_kernel,
             linear.MERGE_CONFIGURATION,
-            _arguments(linear._merge_kernel, {"ENTROPY": entropy_on}),
+            arguments_of(linear._merge_kernel, {"ENTROPY": entropy_on}),
             16,
             0,
             NUM_ROWS * num_tiles * (12 if entropy_on else 8),
         )
 
 
-def cases(target: str) -> list[Case]:
-    """Every case for one of TARGETS."""
-    ops = (_token_logprobs, _token_logprobs_bwd, _policy_rows, _linear_forward)
-    return [case for op in ops for case in op(target)]
+def cases(target: str) -> Iterator[Case]:
+    for op in (_token_logprobs, _token_logprobs_bwd, _policy_rows, _linear_forward):
+        yield from op(target)

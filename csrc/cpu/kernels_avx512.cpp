@@ -1,4 +1,4 @@
-// The row loops for AVX-512: vectors of sixteen floats, an exponential of eleven instructions, and
+// The loops for AVX-512: vectors of sixteen floats, an exponential of eleven instructions, and
 // bfloat16 taken apart and put together two columns at a time.
 #include "target.h"
 
@@ -112,9 +112,14 @@ struct Simd : GenericSimd<16> {
 };
 
 #include "row_kernels.h"
+#include "simd_math.h"
+#include "advantage_kernels.h"
+#include "loss_kernels.h"
+#include "sampling_kernels.h"
 }  // namespace
 
-const RowFunctions avx512_rows{"avx512", forward, backward};
+const KernelFunctions avx512_functions{"avx512", row_functions, advantage_functions, loss_functions,
+                                       sampling_functions};
 
 }  // namespace fuserl
 

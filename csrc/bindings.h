@@ -1,0 +1,25 @@
+// What the files of the Python module share.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+
+#include "cpu/dtype.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+using Address = std::uintptr_t;
+using Size = std::int64_t;
+using fuserl::Dtype;
+using Unlocked = py::call_guard<py::gil_scoped_release>;
+
+template <typename T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+void bind_advantages(py::module_& module);
+void bind_losses(py::module_& module);
+void bind_sampling(py::module_& module);

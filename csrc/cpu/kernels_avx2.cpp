@@ -1,0 +1,24 @@
+// The loops for AVX2 with FMA: vectors of eight floats.
+#include "target.h"
+
+#ifdef FUSERL_X86
+FUSERL_TARGET("avx2,fma")
+
+namespace fuserl {
+namespace {
+#include "simd.h"
+using Simd = GenericSimd<8>;
+#include "row_kernels.h"
+#include "simd_math.h"
+#include "advantage_kernels.h"
+#include "loss_kernels.h"
+#include "sampling_kernels.h"
+}  // namespace
+
+const KernelFunctions avx2_functions{"avx2", row_functions, advantage_functions, loss_functions,
+                                       sampling_functions};
+
+}  // namespace fuserl
+
+FUSERL_TARGET_END
+#endif

@@ -1,0 +1,18 @@
+// The loops for any machine: vectors of four floats.
+#include "target.h"
+
+namespace fuserl {
+namespace {
+#include "simd.h"
+using Simd = GenericSimd<4>;
+#include "row_kernels.h"
+#include "simd_math.h"
+#include "advantage_kernels.h"
+#include "loss_kernels.h"
+#include "sampling_kernels.h"
+}  // namespace
+
+const KernelFunctions baseline_functions{"baseline", row_functions, advantage_functions, loss_functions,
+                                       sampling_functions};
+
+}  // namespace fuserl

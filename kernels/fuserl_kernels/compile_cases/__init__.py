@@ -1,0 +1,12 @@
+"""What the compile gate compiles: every Triton kernel, by family."""
+
+from fuserl_kernels.compile_cases import advantages, logprobs, losses, sampling
+from fuserl_kernels.compile_cases.case import TARGETS, Case
+
+__all__ = ["TARGETS", "Case", "cases"]
+
+
+def cases(target: str) -> list[Case]:
+    """Every case for one of TARGETS."""
+    families = (logprobs, advantages, losses, sampling)
+    return [case for family in families for case in family.cases(target)]
