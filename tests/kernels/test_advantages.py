@@ -233,6 +233,7 @@ def test_opcheck(backend):
             None,
             torch.tensor(0.1),
             "k1",
+            0.0,
             "last",
             torch.inf,
             1.0,

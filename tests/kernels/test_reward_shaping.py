@@ -36,7 +36,8 @@ def test_kl_gradients(backend, estimator):
     x, y = (torch.randn(7, dtype=torch.float64, requires_grad=True) for _ in range(2))
     with fk.use_backend(backend):
         torch.autograd.gradcheck(lambda x, y: fk.kl_penalty(x, y, estimator), (x, y))
-        opcheck("kl_penalty", x, y, estimator)
+        opcheck("kl_penalty", x, y, estimator, 0.0)
+        opcheck("kl_penalty", x, y, estimator, 0.3)
 
 
 def test_k3_is_exact_for_small_differences():
@@ -153,6 +154,7 @@ def test_opcheck(backend):
                 eos,
                 torch.tensor(0.1),
                 "k3",
+                0.5,
                 slot,
                 2.0,
                 1.0,

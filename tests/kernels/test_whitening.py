@@ -59,7 +59,11 @@ def test_one_entry_equal_entries_and_none(backend, unbiased):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
     with fk.use_backend(backend):
-        opcheck("masked_whiten", torch.randn(3, 4), torch.rand(3, 4) > 0.5, True, False)
+        x, mask = torch.randn(3, 4), torch.rand(3, 4) > 0.5
+        moments = torch.tensor([[4.0, 0.5, 2.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+        opcheck("masked_moments", x, mask)
+        opcheck("masked_whiten", x, mask, None, True, False)
+        opcheck("masked_whiten", x, mask, moments, False, True)
 
 
 def test_bad_arguments_are_named():

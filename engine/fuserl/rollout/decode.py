@@ -94,8 +94,6 @@ def decode(
             request_ids=requests[live],
             positions=torch.full_like(live, step),
         )
-        if bool((drawn < 0).any()):
-            raise ValueError(_no_distribution(requests[live[drawn < 0]], step))
         running = ended_at[live] > step  # a row that ended is still in the batch until dropped
         writers = live[running]
         token_ids[writers, step] = drawn[running]
@@ -105,7 +103,10 @@ def decode(
             has_eos[finished] = True
             ended_at[finished] = step + 1
         running = ended_at[live] > step + 1
-        num_running = int(running.sum())
+        # One wait for the device tells both.
+        num_running, num_broken = torch.stack([running.sum(), (drawn < 0).sum()]).tolist()
+        if num_broken:
+            raise ValueError(_no_distribution(requests[live[drawn < 0]], step))
         if num_running == 0:
             break
         if num_running <= KEEP_SHARE * len(live):
