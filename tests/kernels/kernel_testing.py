@@ -17,6 +17,18 @@ def runnable(table: Mapping[str, Callable]) -> list[str]:
     return [name for name in table if runs[name]]
 
 
+def widest(backend: str) -> torch.dtype:
+    """The dtype in which an implementation is closest to the truth."""
+    return torch.float64 if backend == "reference" else torch.float32
+
+
+def assert_near(got: object, want: object) -> None:
+    """torch.testing.assert_close, of one dtype, with room in float32 for sums in another order."""
+    first = next(iter(want.values())) if isinstance(want, dict) else want
+    near = {"atol": 1e-5, "rtol": 2e-5} if first.dtype == torch.float32 else {}
+    torch.testing.assert_close(got, want, **near)
+
+
 def assert_error_rule(
     ours: torch.Tensor, peer: torch.Tensor, truth: torch.Tensor, tolerance: float
 ) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_testing import opcheck, ragged_mask, runnable
+from kernel_testing import opcheck, ragged_mask, runnable, widest
 
 import fuserl_kernels as fk
 from fuserl_kernels.advantages import FORWARD, GAE_FORWARD, RETURNS_FORWARD
@@ -70,7 +70,7 @@ def test_gae_by_hand_through_a_hole(backend, masked):
 def test_gae_against_the_loop(backend, masked, holes, extra_slot):
     loss_mask = ragged_mask(6, 9, holes)
     value_mask = after(loss_mask) if extra_slot else loss_mask
-    rewards, values = torch.randn(2, 6, 9, dtype=torch.float64)
+    rewards, values = torch.randn(2, 6, 9, dtype=widest(backend))
     dirty = [torch.where(value_mask, x, torch.nan) for x in (rewards, values)]
     expected = loop(rewards, values, loss_mask, value_mask, 0.97, 0.9, masked)
     with fk.use_backend(backend):

@@ -30,12 +30,28 @@ def test_kl_by_hand(backend, estimator, values):
     torch.testing.assert_close(kl, torch.tensor(values))
 
 
-@pytest.mark.parametrize("backend", runnable(KL_FORWARD))
+@pytest.mark.parametrize("kl_clip", [None, 0.7])
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
-def test_kl_gradients(backend, estimator):
+def test_kl_gradcheck(estimator, kl_clip):
     x, y = (torch.randn(7, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    torch.autograd.gradcheck(lambda x, y: fk.kl_penalty(x, y, estimator, kl_clip=kl_clip), (x, y))
+
+
+@pytest.mark.parametrize("backend", runnable(KL_FORWARD))
+@pytest.mark.parametrize("kl_clip", [None, 0.7])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
+def test_kl_gradients(backend, estimator, kl_clip):
+    x, y = (torch.randn(7, 50, requires_grad=True) for _ in range(2))
+    g = torch.randn(7, 50)
+    d = (x - y).double()
+    formula = {"k1": d, "k2": d * d / 2, "k3": torch.expm1(-d) + d, "abs": d.abs()}[estimator]
+    expected = formula if kl_clip is None else formula.clamp(-kl_clip, kl_clip)
     with fk.use_backend(backend):
-        torch.autograd.gradcheck(lambda x, y: fk.kl_penalty(x, y, estimator), (x, y))
+        kl = fk.kl_penalty(x, y, estimator, kl_clip=kl_clip)
+        torch.testing.assert_close(kl.double(), expected, atol=1e-6, rtol=2e-6)
+        got = torch.autograd.grad(kl, (x, y), g)
+        for a, b in zip(got, torch.autograd.grad(expected, (x, y), g.double()), strict=True):
+            torch.testing.assert_close(a, b, atol=2e-6, rtol=2e-6)
         opcheck("kl_penalty", x, y, estimator, 0.0)
         opcheck("kl_penalty", x, y, estimator, 0.3)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_testing import assert_error_rule, opcheck, ragged_mask, runnable
+from kernel_testing import assert_error_rule, opcheck, ragged_mask, runnable, widest
 
 import fuserl_kernels as fk
 from fuserl_kernels.whitening import FORWARD
@@ -13,8 +13,9 @@ BACKENDS = runnable(FORWARD)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("unbiased", [False, True])
 @pytest.mark.parametrize("shift_mean", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_equals_the_plain_formula(backend, unbiased, shift_mean, dtype):
+@pytest.mark.parametrize("wide", [False, True])
+def test_equals_the_plain_formula(backend, unbiased, shift_mean, wide):
+    dtype = widest(backend) if wide else torch.float32
     x, mask = torch.randn(7, 9, dtype=dtype) * 3 + 5, ragged_mask(7, 9, holes=True)
 
     def plain(kept):
@@ -28,6 +29,32 @@ def test_equals_the_plain_formula(backend, unbiased, shift_mean, dtype):
     assert got.dtype == dtype
     assert (got[~mask] == 0).all()
     assert_error_rule(got[mask], plain(x[mask]), plain(x[mask].double()), 1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_parts_whitened_together(backend, unbiased):
+    """Microbatches or ranks that share their moments get the numbers of the whole batch, also
+    where the parts lie far apart and one of them is empty."""
+    x, mask = torch.randn(7, 9) * 3 + 5, ragged_mask(7, 9, holes=True)
+    x[4:] += 100
+    mask[2:4] = False
+    parts = [slice(0, 2), slice(2, 4), slice(4, 7)]
+    with fk.use_backend(backend):
+        expected = fk.masked_whiten(x, mask, unbiased=unbiased)
+        moments = torch.stack([fk.masked_moments(x[part], mask[part]) for part in parts])
+        got = [
+            fk.masked_whiten(x[part], mask[part], unbiased=unbiased, moments=moments)
+            for part in parts
+        ]
+        whole = fk.masked_moments(x, mask)
+        again = fk.masked_whiten(x, mask, unbiased=unbiased, moments=whole)
+    torch.testing.assert_close(torch.cat(got), expected)
+    torch.testing.assert_close(again, expected)
+    kept = x[mask].double()
+    squares = (kept - kept.mean()).square().sum()
+    truth = torch.stack([torch.tensor(float(len(kept)), dtype=torch.float64), kept.mean(), squares])
+    torch.testing.assert_close(whole, truth, atol=0.0, rtol=1e-9)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -69,5 +96,9 @@ def test_opcheck(backend):
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="mask must have shape"):
         fk.masked_whiten(torch.zeros(2, 3), torch.ones(2, dtype=torch.bool))
+    x = torch.zeros(2)
+    for moments in (torch.zeros(3), torch.zeros(2, 2, dtype=torch.float64)):
+        with pytest.raises(ValueError, match="moments must be float64"):
+            fk.masked_whiten(x, x == 0, moments=moments)
     with pytest.raises(ValueError, match="x must be a floating-point"):
         fk.masked_whiten(torch.zeros(2, dtype=torch.long), torch.ones(2, dtype=torch.bool))
