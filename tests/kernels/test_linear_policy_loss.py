@@ -72,6 +72,45 @@ def test_equals_its_parts(backend, rows_per_chunk, level, clip, aggregation, mon
         torch.testing.assert_close(got, want, atol=loose * 3e-6, rtol=loose * 1e-5)
 
 
+VARIANTS = {
+    "sapo": {"clip": "sapo"},
+    "vespo": {"clip": "vespo", "ratio_level": "sequence_sum"},
+    "gspo with token gradients": {"ratio_level": "sequence_mean_token"},
+    "bounds": {"log_ratio_clip": 0.2, "kl_clip": 0.05, "kl_coef": 0.2, "dual_clip": 3.0},
+    "truncated": {"correction": "truncate", "correction_range": (0.0, 1.1)},
+    "masked": {"correction": "mask", "correction_level": "sequence_mean"},
+    "one advantage a sequence": {"correction": "reject", "aggregation": "sequence_sum"},
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_equal_policy_loss(backend, name):
+    (hidden, weight, _), token_ids, old, advantages, ref = batch()
+    mask, options = ragged_mask(4, 5, holes=True), dict(VARIANTS[name])
+    options |= {"ref_logprobs": ref, "entropy_coef": 0.01}
+    if "correction" in options:
+        options["rollout_logprobs"] = old + 0.2 * torch.randn_like(old)
+        options.setdefault("correction_range", (0.85, 1.15))
+    if name == "one advantage a sequence":
+        advantages = advantages[:, 0]
+    logprobs, entropy = fk.linear_token_logprobs(hidden, weight, token_ids, return_entropy=True)
+    expected, expected_metrics = fk.policy_loss(
+        logprobs, old, advantages, mask, entropy=entropy, **options
+    )
+    with fk.use_backend(backend):
+        loss, metrics = fk.linear_policy_loss(
+            hidden, weight, token_ids, old, advantages, mask, **options
+        )
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(metrics, expected_metrics, atol=1e-5, rtol=1e-5)
+    leaves = (hidden, weight)
+    for got, want in zip(
+        torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True
+    ):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=3e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_packed_rows(backend):
     (hidden, weight, _), token_ids, old, advantages, _ = batch()
