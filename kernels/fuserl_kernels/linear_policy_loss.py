@@ -183,51 +183,21 @@ def forward_by_chunks(
     denominator: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     ref_logprobs: torch.Tensor | None,
-    ratio_level: str,
-    clip: str,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    gate_pos: float,
-    gate_neg: float,
-    gate_rate_pos: float,
-    gate_rate_neg: float,
-    log_ratio_clip: float,
-    aggregation: str,
-    kl_coef: float,
-    kl_estimator: str,
-    kl_clip: float,
-    entropy_coef: float,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-    wide_weight_grad: bool,
+    *choices: Any,
     weight_total: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns loss, metrics in the order of METRICS, and the gradients of hidden, weight and bias
+    """choices: the fields of PolicyOptions, then needs_hidden, needs_weight, needs_bias and
+    wide_weight_grad.
+
+    Returns loss, metrics in the order of METRICS, and the gradients of hidden, weight and bias
     ([0] where not needed). The weight's is added to weight_total instead, if that is given."""
-    options = PolicyOptions(
-        ratio_level,
-        clip,
-        clip_low,
-        clip_high,
-        dual_clip,
-        gate_pos,
-        gate_neg,
-        gate_rate_pos,
-        gate_rate_neg,
-        log_ratio_clip,
-        aggregation,
-        kl_coef,
-        kl_estimator,
-        kl_clip,
-        entropy_coef,
-    )
+    options = PolicyOptions(*choices[:-4])
+    needs_hidden, needs_weight, needs_bias, wide_weight_grad = choices[-4:]
     projected = (hidden, weight, bias, token_ids, temperatures, temperature, softcap)
     flat_mask = loss_mask.reshape(-1)
     if needs_hidden or needs_weight or needs_bias or weight_total is not None:
         weights = aggregation_weights(
-            loss_mask, cu_seqlens, aggregation, denominator, compute_dtype(weight)
+            loss_mask, cu_seqlens, options.aggregation, denominator, compute_dtype(weight)
         )
         per_token = _PerToken(
             logprobs.reshape(-1),
@@ -236,7 +206,7 @@ def forward_by_chunks(
             None if ref_logprobs is None else ref_logprobs.reshape(-1),
         )
         lengths = None
-        if ratio_level != "token":
+        if options.ratio_level != "token":
             lengths = sequence_sum(loss_mask.long(), cu_seqlens).tolist()
         projection = Projection(
             implementation.kernels, hidden, weight, bias, flat_mask.nonzero().squeeze(-1)
@@ -400,7 +370,10 @@ _op = register(
 
 def _into_total(implementation: Any) -> Any:
     def run(*arguments: Any) -> tuple[torch.Tensor, ...]:
-        loss, metrics, grad_hidden, _, grad_bias = implementation(*arguments)
+        *inputs, weight_total = arguments
+        loss, metrics, grad_hidden, _, grad_bias = implementation(
+            *inputs, weight_total=weight_total
+        )
         return loss, metrics, grad_hidden, grad_bias
 
     return run

@@ -25,6 +25,10 @@ token_logprobs = import_module("fuserl_kernels.token_logprobs")
 _PLAIN: dict[str, Any] = {"temperatures_ptr": None, "SOFTCAP": False}
 _FULL: dict[str, Any] = {"SOFTCAP": True}
 _UNIT: dict[str, Any] = {"col_stride": 1, "out_col_stride": 1}
+# Strides past 2^31, and sizes of 1, which Triton compiles for apart.
+_FAR: dict[str, Any] = {**_UNIT, "row_stride": "i64", "out_row_stride": "i64"}
+_ONE_BY_ONE: dict[str, Any] = {"vocab_size": 1, "hidden_size": 1}
+_ONE_COLUMN: dict[str, Any] = {"vocab_size": 1, "row_stride": 1, "out_row_stride": 1}
 _ODD: dict[str, Any] = {
     "vocab_size": "i32",
     "row_stride": "i32",
@@ -43,6 +47,8 @@ def _token_logprobs(target: str) -> Iterator[Case]:
         ]
     variants.append(("fp16 all options", "fp16", _FULL | _UNIT | {"ENTROPY": True}))
     variants.append(("bf16 any strides", "bf16", _PLAIN | _ODD | {"ENTROPY": True}))
+    variants.append(("bf16 far rows", "bf16", _PLAIN | _FAR | {"ENTROPY": True}))
+    variants.append(("bf16 one column", "bf16", _PLAIN | _UNIT | {"ENTROPY": True} | _ONE_COLUMN))
     for variant, dtype, given in variants:
         logits = {"logits_ptr": f"*{dtype}:16"}
         for configuration in token_logprobs.FWD_CONFIGURATIONS[ITEM_BYTES[dtype]]:
@@ -67,6 +73,8 @@ def _token_logprobs_bwd(target: str) -> Iterator[Case]:
         ("fp16 all options", "fp16", "fp16", _FULL | _UNIT | {"OVERLAY": False}),
         ("fp32 over bf16, entropy", "fp32", "bf16", _PLAIN | _UNIT | {"OVERLAY": True}),
         ("bf16 any strides", "bf16", "bf16", _PLAIN | _ODD | {"OVERLAY": False}),
+        ("bf16 far rows", "bf16", "bf16", _PLAIN | _FAR | {"OVERLAY": False}),
+        ("bf16 one column", "bf16", "bf16", _PLAIN | _UNIT | {"OVERLAY": False} | _ONE_COLUMN),
     ):
         tensors = {"logits_ptr": f"*{dtype}:16", "out_ptr": f"*{out}:16"}
         for configuration in token_logprobs.BWD_CONFIGURATIONS:
@@ -118,8 +126,12 @@ def _linear_forward(target: str) -> Iterator[Case]:
     for dtype, configurations in (("bf16", choices), ("fp32", [linear.FLOAT32_CONFIGURATION])):
         for configuration in configurations:
             blocks = configuration.constants
-            variants = [("", plain), (" entropy", entropy), (" all options", full)]
-            for variant, given in variants[: 3 if linear.fits_softcap(configuration) else 2]:
+            variants = [("", plain), (" entropy", entropy)]
+            if linear.fits_softcap(configuration):
+                variants.append((" all options", full))
+            if not blocks["TMA"]:
+                variants.append((" one by one", plain | _ONE_BY_ONE))
+            for variant, given in variants:
                 matrices = {"hidden": f"*{dtype}:16", "weight": f"*{dtype}:16"}
                 if blocks["TMA"]:
                     matrices = {

@@ -86,6 +86,13 @@ class CorrectionOptions(NamedTuple):
     correction_high: float
 
 
+def split_choices(choices: tuple) -> tuple[PolicyOptions, CorrectionOptions, bool]:
+    """What follows the tensors of a policy loss, in the order of the ops' schemas."""
+    *values, needs_grad = choices
+    count = len(PolicyOptions._fields)
+    return PolicyOptions(*values[:count]), CorrectionOptions(*values[count:]), needs_grad
+
+
 def _relative_weights(
     loss_mask: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
@@ -257,48 +264,15 @@ def policy_loss_fwd(
     ref_logprobs: torch.Tensor | None,
     entropy: torch.Tensor | None,
     rollout_logprobs: torch.Tensor | None,
-    ratio_level: str,
-    clip: str,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    gate_pos: float,
-    gate_neg: float,
-    gate_rate_pos: float,
-    gate_rate_neg: float,
-    log_ratio_clip: float,
-    aggregation: str,
-    kl_coef: float,
-    kl_estimator: str,
-    kl_clip: float,
-    entropy_coef: float,
-    correction: str,
-    correction_level: str,
-    correction_low: float,
-    correction_high: float,
-    needs_grad: bool,
+    *choices: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns loss, metrics in the order of METRICS, scale [1], and the gradients of new_logprobs
+    """choices: the fields of PolicyOptions, those of CorrectionOptions, and needs_grad.
+
+    Returns loss, metrics in the order of METRICS, scale [1], and the gradients of new_logprobs
     and entropy ([0] where not wanted), which are still to be multiplied by scale = 1 / denominator:
     a kernel that walks the tokens once does not know the denominator when it writes them.
     Every metric is a mean over this call's trained tokens."""
-    options = PolicyOptions(
-        ratio_level,
-        clip,
-        clip_low,
-        clip_high,
-        dual_clip,
-        gate_pos,
-        gate_neg,
-        gate_rate_pos,
-        gate_rate_neg,
-        log_ratio_clip,
-        aggregation,
-        kl_coef,
-        kl_estimator,
-        kl_clip,
-        entropy_coef,
-    )
+    options, corrections, needs_grad = split_choices(choices)
     dtype = compute_dtype(new_logprobs)
 
     def trained(tensor: torch.Tensor) -> torch.Tensor:
@@ -307,19 +281,17 @@ def policy_loss_fwd(
     if advantages.shape != loss_mask.shape:
         advantages = spread(advantages, loss_mask, cu_seqlens)
     new, old, advantages = trained(new_logprobs), trained(logprobs), trained(advantages)
-    corrections, corrected = torch.ones_like(new), torch.zeros_like(loss_mask)
-    if rollout_logprobs is not None and correction != "none":
-        corrections, corrected = correction_weights(
-            logprobs,
-            rollout_logprobs,
-            loss_mask,
-            cu_seqlens,
-            CorrectionOptions(correction, correction_level, correction_low, correction_high),
+    factors, corrected = torch.ones_like(new), torch.zeros_like(loss_mask)
+    if rollout_logprobs is not None and corrections.correction != "none":
+        factors, corrected = correction_weights(
+            logprobs, rollout_logprobs, loss_mask, cu_seqlens, corrections
         )
-        advantages = advantages * trained(corrections)
+        advantages = advantages * trained(factors)
     token_log_ratio = new - old
-    log_ratio = _level_log_ratio(token_log_ratio, loss_mask, cu_seqlens, ratio_level)
-    weights, count = _relative_weights(loss_mask, cu_seqlens, aggregation, denominator, dtype)
+    log_ratio = _level_log_ratio(token_log_ratio, loss_mask, cu_seqlens, options.ratio_level)
+    weights, count = _relative_weights(
+        loss_mask, cu_seqlens, options.aggregation, denominator, dtype
+    )
 
     term, slope, clipped, ratio = surrogate(new, log_ratio, advantages, options)
     total = (weights * term).sum()
@@ -331,12 +303,12 @@ def policy_loss_fwd(
     kl = torch.zeros_like(new)
     ref = None if ref_logprobs is None else trained(ref_logprobs)
     if ref is not None:
-        kl = kl_estimate(new - ref, kl_estimator, kl_clip)
-        if kl_coef:
-            total = total + kl_coef * (weights * kl).sum()
+        kl = kl_estimate(new - ref, options.kl_estimator, options.kl_clip)
+        if options.kl_coef:
+            total = total + options.kl_coef * (weights * kl).sum()
     bonus = torch.zeros_like(new) if entropy is None else trained(entropy)
-    if entropy_coef:
-        total = total - entropy_coef * (weights * bonus).sum()
+    if options.entropy_coef:
+        total = total - options.entropy_coef * (weights * bonus).sum()
     mean_ratio = mean(ratio)
     metrics = torch.stack(
         [
@@ -347,7 +319,7 @@ def policy_loss_fwd(
             mean((ratio - mean_ratio).square()),
             mean(kl),
             mean(bonus),
-            mean(corrections),
+            mean(factors),
             mean(corrected.to(dtype)),
             num_tokens,
         ]
@@ -359,7 +331,7 @@ def policy_loss_fwd(
     gradient = _logprob_gradient(slope, new, ref, weights, loss_mask, cu_seqlens, options)
     grad_entropy = new_logprobs.new_empty(0)
     if entropy is not None:
-        grad_entropy = (-entropy_coef * weights).to(entropy.dtype)
+        grad_entropy = (-options.entropy_coef * weights).to(entropy.dtype)
     return loss, metrics, scale, gradient.to(new_logprobs.dtype), grad_entropy
 
 
