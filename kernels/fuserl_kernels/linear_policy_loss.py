@@ -24,20 +24,17 @@ from fuserl_kernels.linear_token_logprobs import (
     gradient_dtype,
     takes_wide_gradient,
 )
-from fuserl_kernels.policy_loss import (
+from fuserl_kernels.loss_gradients import fake_loss, save_gradients
+from fuserl_kernels.policy_options import (
     OPTIONS_SCHEMA,
     SAPO_TEMPERATURES,
     VESPO_GAMMA,
     check_layout,
     check_reference,
     checked_advantages,
-    constant_like,
     correction_options,
-    denominator_tensor,
-    fake_loss,
     policy_metrics,
     policy_options,
-    save_gradients,
 )
 from fuserl_kernels.projection import Kernels, Projection
 from fuserl_kernels.reference.policy import (
@@ -51,6 +48,7 @@ from fuserl_kernels.reference.policy import (
 )
 from fuserl_kernels.reference.sequences import compute_dtype, sequence_sum, spread
 from fuserl_kernels.registration import not_twice, register
+from fuserl_kernels.scalars import constant_like, denominator_tensor
 from fuserl_kernels.triton_policy_rows import policy_rows_triton
 
 # The advantages come in corrected.

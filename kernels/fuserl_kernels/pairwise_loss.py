@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from fuserl_kernels import checks
-from fuserl_kernels.policy_loss import fake_loss, scalar_tensor
+from fuserl_kernels.loss_gradients import fake_loss
 from fuserl_kernels.reference.pairwise import METRICS, pairwise_loss_fwd
 from fuserl_kernels.registration import register
+from fuserl_kernels.scalars import scalar_tensor
 
 FORWARD = {"reference": pairwise_loss_fwd}
 

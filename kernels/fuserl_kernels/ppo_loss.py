@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from fuserl_kernels import checks
-from fuserl_kernels.policy_loss import (
+from fuserl_kernels.loss_gradients import fake_gradient, fake_loss, save_gradients, scaled_gradients
+from fuserl_kernels.policy_options import (
     CORRECTION_SCHEMA,
     OPTIONS_SCHEMA,
     SAPO_TEMPERATURES,
@@ -14,20 +15,15 @@ from fuserl_kernels.policy_loss import (
     check_layout,
     check_reference,
     checked_advantages,
-    constant_like,
     correction_options,
-    denominator_tensor,
-    fake_gradient,
-    fake_loss,
     policy_metrics,
     policy_options,
-    save_gradients,
-    scaled_gradients,
 )
 from fuserl_kernels.reference.policy import METRICS as POLICY_METRICS
 from fuserl_kernels.reference.policy import CorrectionOptions, PolicyOptions, ppo_loss_fwd
 from fuserl_kernels.reference.value import METRICS as VALUE_METRICS
 from fuserl_kernels.registration import register
+from fuserl_kernels.scalars import constant_like, denominator_tensor
 from fuserl_kernels.value_loss import checked_clip_range
 
 FORWARD = {"reference": ppo_loss_fwd}

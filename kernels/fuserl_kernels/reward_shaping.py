@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from fuserl_kernels import checks
-from fuserl_kernels.policy_loss import scalar_tensor
 from fuserl_kernels.reference.rewards import (
     ESTIMATORS,
     MISSING_EOS,
@@ -20,6 +19,7 @@ from fuserl_kernels.reference.rewards import (
 )
 from fuserl_kernels.reference.sequences import compute_dtype
 from fuserl_kernels.registration import register
+from fuserl_kernels.scalars import scalar_tensor
 
 KL_FORWARD = {"reference": kl_penalty_fwd}
 KL_BACKWARD = {"reference": kl_penalty_bwd}

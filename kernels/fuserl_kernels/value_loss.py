@@ -9,15 +9,10 @@ from typing import Any
 import torch
 
 from fuserl_kernels import checks
-from fuserl_kernels.policy_loss import (
-    denominator_tensor,
-    fake_gradient,
-    fake_loss,
-    save_gradients,
-    scaled_gradients,
-)
+from fuserl_kernels.loss_gradients import fake_gradient, fake_loss, save_gradients, scaled_gradients
 from fuserl_kernels.reference.value import METRICS, value_loss_fwd
 from fuserl_kernels.registration import register
+from fuserl_kernels.scalars import denominator_tensor
 
 FORWARD = {"reference": value_loss_fwd}
 

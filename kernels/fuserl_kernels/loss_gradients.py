@@ -1,0 +1,43 @@
+"""Losses whose forward pass makes the gradients: shapes without data, what is saved, backward."""
+
+from typing import Any
+
+import torch
+
+from fuserl_kernels.reference.sequences import compute_dtype
+
+
+def fake_loss(like: torch.Tensor, num_metrics: int) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = compute_dtype(like)
+    return like.new_empty((), dtype=dtype), like.new_empty(num_metrics, dtype=dtype)
+
+
+def fake_gradient(tensor: torch.Tensor | None, wanted: bool, like: torch.Tensor) -> torch.Tensor:
+    if tensor is None or not wanted:
+        return like.new_empty(0)
+    return tensor.new_empty(tensor.shape)
+
+
+def save_gradients(ctx: Any, output: tuple, made: tuple[bool, ...]) -> None:
+    """Keep what follows (loss, metrics) in an op's output: scales, and gradients still to be
+    multiplied by them; `made` says which of those there are. All get no gradient."""
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[2:])
+    ctx.made = made
+
+
+def scaled_gradients(
+    ctx: Any, grad_loss: torch.Tensor | None, scale_of: tuple[int, ...]
+) -> tuple[torch.Tensor | None, ...]:
+    """The saved gradients times their scale and the gradient of the loss; None for those never
+    made. scale_of: for each gradient, the number of its scale."""
+    if grad_loss is None:
+        return (None,) * len(scale_of)
+    scales, *gradients = ctx.saved_tensors
+    factors = (scales * grad_loss).unbind()
+    return tuple(
+        # A 0-d factor is a number to type promotion: the product keeps the gradient's dtype.
+        gradient * factors[scale] if made else None
+        for gradient, made, scale in zip(gradients, ctx.made, scale_of, strict=True)
+    )
