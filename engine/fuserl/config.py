@@ -159,8 +159,9 @@ class RLConfig(TrainConfig):
     algorithm: Literal["ppo", "reinforce", "reinforce_baseline"] = "ppo"
     """ppo has a critic and clips; reinforce weighs each token by its return;
     reinforce_baseline subtracts the batch's mean return first."""
-    preset: Literal["n+"] = "n+"
-    """Whose conventions: where the score sits, missing EOS, variance of the whitening."""
+    preset: Literal["n+", "trl", "trlx", "openrlhf", "verl"] = "n+"
+    """Whose conventions: where the score stands, missing EOS, whitening, clips. An option that is
+    set below wins."""
     steps: int = 100
     """Rollouts, each followed by its updates."""
     num_samples: int = 1
@@ -185,18 +186,19 @@ class RLConfig(TrainConfig):
     """Discount of later rewards."""
     gae_lambda: float = 0.95
     """Decay of generalised advantage estimation (ppo)."""
-    clip_range: float = 0.2
-    """Clip of the policy's ratio around 1 (ppo)."""
-    value_clip_range: float = 0.2
-    """Clip of the critic's move (ppo)."""
+    clip_range: float | None = None
+    """Clip of the policy's ratio around 1 (ppo). Default: the preset's, 0.2."""
+    value_clip_range: float | None = None
+    """Clip of the critic's move (ppo). Default: the preset's, 0.2 (openrlhf, verl: 0.5)."""
     vf_coef: float = 0.1
     """Weight of the value loss (ppo)."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     whiten_rewards: bool = False
     """Scale rewards to unit variance, keeping their mean."""
-    missing_eos_penalty: float = 1.0
-    """A completion without EOS scores minus this."""
+    missing_eos_penalty: float | None = None
+    """A completion without EOS scores minus this (n+), or this much less (trl). Default: the
+    preset's, 1 (n+) or 0 (trl). The other presets have no such rule."""
     critic_model: str | None = None
     """Folder the critic starts from (ppo). Default: the reward model, else the policy."""
     critic_learning_rate: float | None = None
@@ -211,8 +213,11 @@ class RLConfig(TrainConfig):
         _require_positive(
             self,
             *("steps", "num_samples", "num_minibatches", "max_new_tokens", "max_prompt_length"),
-            *("temperature", "clip_range", "value_clip_range"),
+            "temperature",
         )
+        for name in ("clip_range", "value_clip_range"):
+            if getattr(self, name) is not None:
+                _require_positive(self, name)
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
@@ -232,6 +237,13 @@ class RLConfig(TrainConfig):
             self._refuse(f"with {self.algorithm}: it does not clip", "clip_range")
         if self.reward_at == "token":
             self._refuse('with reward_at "token": it is of whole sequences', "missing_eos_penalty")
+        if self.missing_eos_penalty is not None:
+            from fuserl_kernels import PRESETS  # imports torch, so not for --help
+
+            if PRESETS[self.preset].missing_eos is None:
+                self._refuse(
+                    f"with preset {self.preset}: it has no such rule", "missing_eos_penalty"
+                )
 
     @property
     def passes(self) -> int:

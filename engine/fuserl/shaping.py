@@ -1,33 +1,28 @@
 """From scores to advantages: the KL penalty, the score's slot, and the algorithm's estimator."""
 
+import dataclasses
 from typing import Any
 
 import torch
 
 import fuserl_kernels as fk
-from fuserl.algorithms import ALGORITHMS, PRESETS
+from fuserl.algorithms import ALGORITHMS
 from fuserl.batch import ScoredBatch, ShapedBatch
 from fuserl.config import RLConfig
+from fuserl.conventions import conventions
+from fuserl_kernels.presets import Preset
 
 
 def shape(batch: ScoredBatch, config: RLConfig) -> ShapedBatch:
     """Add rewards, kl, value_mask, advantages and returns. Nothing carries a
     gradient. The rule for a missing EOS speaks of sequence scores: it leaves rewards at every
-    token alone."""
-    algorithm, preset = ALGORITHMS[config.algorithm], PRESETS[config.preset]
-    at_tokens = batch.scores.ndim == 2
-    score_slot = "last" if at_tokens else preset.score_slot
+    token alone. Advantages that the preset whitens in each minibatch are not yet white."""
+    algorithm, preset = ALGORITHMS[config.algorithm], conventions(config)
     value_mask = batch.loss_mask.clone()
-    if score_slot == "after":
+    if preset.score_slot == "after":
         value_mask[:, 1:] |= batch.loss_mask[:, :-1]
-    shaping: dict[str, Any] = {
-        "kl_coef": config.kl_coef,
-        "estimator": config.kl_estimator,
-        "score_slot": score_slot,
-        "missing_eos": None if at_tokens else preset.missing_eos,
-        "missing_eos_penalty": config.missing_eos_penalty,
-        "has_eos": batch.has_eos,
-    }
+    given: dict[str, Any] = {"kl_coef": config.kl_coef, "has_eos": batch.has_eos}
+    shaping = preset.shaping(config.kl_estimator)
     if algorithm.has_critic:
         if batch.values is None:
             raise ValueError(f"{config.algorithm} needs the values of a critic")
@@ -39,17 +34,18 @@ def shape(batch: ScoredBatch, config: RLConfig) -> ShapedBatch:
             batch.loss_mask,
             gamma=config.gamma,
             gae_lambda=config.gae_lambda,
-            whiten=True,
-            unbiased=preset.unbiased_variance,
             whiten_rewards=config.whiten_rewards,
-            **shaping,
+            **given,
+            **preset.advantages(config.kl_estimator),
         )
     else:
         rewards, kl = fk.shape_rewards(
-            batch.scores, batch.logprobs, batch.ref_logprobs, batch.loss_mask, **shaping
+            batch.scores, batch.logprobs, batch.ref_logprobs, batch.loss_mask, **given, **shaping
         )
         if config.whiten_rewards:
-            rewards = fk.masked_whiten(rewards, value_mask, shift_mean=False)
+            rewards = fk.masked_whiten(
+                rewards, value_mask, shift_mean=False, unbiased=preset.unbiased
+            )
         returns = fk.discounted_returns(
             rewards, batch.loss_mask, gamma=config.gamma, reward_mask=value_mask
         )
@@ -63,7 +59,8 @@ def shape(batch: ScoredBatch, config: RLConfig) -> ShapedBatch:
         batch.logprobs,
         batch.ref_logprobs,
         batch.loss_mask,
-        **{**shaping, "kl_coef": 0.0},
+        **{**given, "kl_coef": 0.0},
+        **shaping,
     )
     return ShapedBatch(
         applied_scores=placed.sum(1),
@@ -74,3 +71,18 @@ def shape(batch: ScoredBatch, config: RLConfig) -> ShapedBatch:
         advantages=advantages,
         returns=returns,
     )
+
+
+def whitened(batch: ShapedBatch, preset: Preset) -> ShapedBatch:
+    """A minibatch with its advantages whitened over what the preset takes together: trained
+    tokens, or every slot up to the last value of any row (padding between them counts as 0;
+    sequences without a trained token do not count)."""
+    advantages, together = batch.advantages, batch.loss_mask
+    if preset.whitening_mask == "all":
+        assert batch.values is not None
+        advantages = torch.where(batch.value_mask, batch.returns - batch.values, 0.0)
+        slots = torch.arange(batch.value_mask.shape[1], device=advantages.device)
+        used = slots <= torch.where(batch.value_mask, slots, -1).amax()
+        together = used & batch.value_mask.any(1, keepdim=True)
+    white = fk.masked_whiten(advantages, together, unbiased=preset.unbiased)
+    return dataclasses.replace(batch, advantages=torch.where(batch.loss_mask, white, 0.0))

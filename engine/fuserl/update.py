@@ -11,10 +11,13 @@ import fuserl_kernels as fk
 from fuserl.algorithms import ALGORITHMS
 from fuserl.batch import ShapedBatch
 from fuserl.config import RLConfig
+from fuserl.conventions import conventions
 from fuserl.metrics import WeightedMean
 from fuserl.model.heads import LanguageModel, ScalarModel
 from fuserl.optimizer import Optimizer
 from fuserl.sequences import completion_states, completion_values, joined
+from fuserl.shaping import whitened
+from fuserl_kernels.presets import Preset
 
 LOGGED_AS = {
     "policy/loss": "loss/policy_avg",
@@ -63,8 +66,11 @@ def _step(
     config: RLConfig,
 ) -> dict[str, Tensor]:
     """One optimizer step over a minibatch."""
+    preset = conventions(config)
+    if critic is not None and preset.whitening_scope == "minibatch":
+        batch = whitened(batch, preset)
     policy_tokens = batch.loss_mask.sum()
-    value_tokens = batch.value_mask.sum()
+    value_tokens = _value_loss_mask(batch, preset).sum()
     # Rows of like length share a microbatch, and so little padding is computed.
     order = (batch.prompt_lengths + batch.completion_lengths).argsort()
     totals = WeightedMean()
@@ -86,8 +92,8 @@ def _step(
             temperature=config.temperature,
             denominator=policy_tokens,
             clip=ALGORITHMS[config.algorithm].clip,
-            clip_range=config.clip_range,
             entropy_coef=config.entropy_coef,
+            **preset.policy(),
         )
         loss.backward()
         around_one = metrics["val/ratio_var"] + (metrics["val/ratio"] - 1).square()
@@ -97,18 +103,19 @@ def _step(
             values = completion_values(
                 critic, token_ids, part.prompt_lengths, part.completions.shape[1]
             )
+            learned = _value_loss_mask(part, preset)
             value_loss, metrics = fk.value_loss(
                 values,
                 part.values,
                 part.returns,
-                part.value_mask,
-                clip_range=config.value_clip_range,
+                learned,
                 denominator=value_tokens,
+                **preset.value(),
             )
             (config.vf_coef * value_loss).backward()
-            totals.add(metrics, weight=part.value_mask.sum())
-            predicted.append(values.detach()[part.value_mask])
-            aimed.append(part.returns[part.value_mask])
+            totals.add(metrics, weight=learned.sum())
+            predicted.append(values.detach()[learned])
+            aimed.append(part.returns[learned])
     found = {**totals.mean(), "num_tokens": policy_tokens.float()}
     # Means of microbatches' variances are no variance: these two are made from the whole step.
     found["val/ratio_var"] = found["val/ratio_var"] - (found["val/ratio"] - 1).square()
@@ -117,6 +124,10 @@ def _step(
             torch.cat(predicted), torch.cat(aimed)
         )
     return {**found, **optimizer.step()}
+
+
+def _value_loss_mask(batch: ShapedBatch, preset: Preset) -> Tensor:
+    return batch.value_mask if preset.value_loss_mask == "value" else batch.loss_mask
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from fuserl_kernels.linear_token_logprobs import linear_token_logprobs
 from fuserl_kernels.pairwise_loss import pairwise_loss
 from fuserl_kernels.policy_loss import policy_loss
 from fuserl_kernels.ppo_loss import ppo_loss
+from fuserl_kernels.presets import PRESETS
 from fuserl_kernels.reward_shaping import kl_penalty, shape_rewards
 from fuserl_kernels.sampling import sample_tokens
 from fuserl_kernels.token_logprobs import token_logprobs
@@ -19,6 +20,7 @@ from fuserl_kernels.value_loss import value_loss
 from fuserl_kernels.whitening import masked_moments, masked_whiten
 
 __all__ = [
+    "PRESETS",
     "discounted_returns",
     "gae",
     "kl_penalty",

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fuserl.algorithms import ALGORITHMS, PRESETS
+from fuserl.algorithms import ALGORITHMS
 from fuserl.config import (
     DataConfig,
     EvaluateConfig,
@@ -133,5 +133,3 @@ def test_the_eos_rule_is_of_whole_sequences() -> None:
 def test_every_name_stands_for_something() -> None:
     for algorithm in ALGORITHMS:
         assert build(RLConfig, algorithm=algorithm).algorithm == algorithm
-    for preset in PRESETS:
-        assert build(RLConfig, preset=preset).preset == preset
