@@ -71,8 +71,8 @@ def test_the_engine_imports_no_test_and_no_benchmark() -> None:
 
 def test_phases_and_models_import_no_stage() -> None:
     below = [ENGINE / name for name in ("model", "data", "rollout")]
-    names = "batch sequences scoring conventions shaping update rewards policy optimizer checkpoint run metrics"
-    below += [ENGINE / f"{name}.py" for name in (*names.split(), "config")]
+    names = "batch sequences scoring shaping update rewards policy optimizer checkpoint run metrics"
+    below += [ENGINE / f"{name}.py" for name in (*names.split(), "config", "conventions")]
     assert offenders(modules(*below), "fuserl.stages", "fuserl.cli", "fuserl.commands") == []
 
 
