@@ -2,8 +2,7 @@
 
     preset = PRESETS["verl"]
     rewards_to_advantages(..., kl_coef=0.05, gamma=1.0, gae_lambda=0.95, **preset.advantages())
-    policy_loss(..., **preset.policy())
-    value_loss(..., **preset.value())
+    ppo_loss(..., **preset.ppo())
 
 A preset holds conventions: where the score stands, the missing-EOS rule, bounds, whitening, holes
 of the mask. Learning rates, coefficients, discounts and lengths stay the caller's. To change one,
@@ -75,7 +74,7 @@ class Preset:
         }
 
     def policy(self, kl_estimator: str = "k3") -> dict[str, Any]:
-        """Options of policy_loss, linear_policy_loss and ppo_loss; the KL is that in the loss."""
+        """Options of policy_loss and linear_policy_loss; the KL is that in the loss."""
         return {
             "clip_range": self.clip_range,
             "dual_clip": self.dual_clip,
@@ -87,6 +86,10 @@ class Preset:
     def value(self) -> dict[str, Any]:
         """Options of value_loss."""
         return {"clip_range": self.value_clip_range}
+
+    def ppo(self, kl_estimator: str = "k3") -> dict[str, Any]:
+        """Options of ppo_loss."""
+        return {**self.policy(kl_estimator), "value_clip_range": self.value_clip_range}
 
     def _kl_clip(self, estimator: str) -> float | None:
         return self.kl_clip if estimator in self.kl_clip_estimators else None

@@ -415,7 +415,8 @@ def test_rejected_sequences_equal_trl():
     dropped where the mean of log(sampling / policy) exceeds .1."""
     trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason=REASON).GRPOTrainer
     new, _, _, _, mask, _ = policy_inputs(empty_row=False)
-    rollout = new.detach() + 0.3 * torch.randn(B, T)
+    drift = torch.linspace(-0.4, 0.6, B)[:, None]
+    rollout = new.detach() + drift + 0.05 * torch.randn(B, T)
     advantages = -torch.rand(B) - 0.1
     kept = trainer.get_off_policy_mask(advantages[:, None], new, rollout, mask.int(), 0.1)
     assert 0 < int(kept.sum()) < B

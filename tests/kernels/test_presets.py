@@ -376,6 +376,18 @@ def test_value_clip():
         assert loss.item() == pytest.approx(0.18 if name in ("openrlhf", "verl") else 0.32), name
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_both_losses_in_one(name):
+    preset, mask = fk.PRESETS[name], LOSS_MASK
+    new, old, advantages, new_values, values, returns = 2 * torch.randn(6, 2, 4)
+    both, _ = fk.ppo_loss(
+        new, old, advantages, new_values, values, returns, mask, vf_coef=0.3, **preset.ppo()
+    )
+    policy, _ = fk.policy_loss(new, old, advantages, mask, **preset.policy())
+    value, _ = fk.value_loss(new_values, values, returns, mask, **preset.value())
+    torch.testing.assert_close(both, policy + 0.3 * value)
+
+
 def test_value_loss_mask():
     """n+ and trl also learn the value behind the last token, which trlx has but does not learn."""
     found = {name: preset.value_loss_mask for name, preset in fk.PRESETS.items()}
