@@ -53,6 +53,10 @@ class Preset:
     log_ratio_clip: float | None = None
     value_clip_range: float
 
+    def __post_init__(self) -> None:
+        if self.whitening_scope == "batch" and self.whitening_mask != "loss":
+            raise ValueError("whitening_scope 'batch' goes with whitening_mask 'loss'")
+
     def shaping(self, estimator: str = "k1") -> dict[str, Any]:
         """Options of shape_rewards. With missing_eos it needs has_eos."""
         return {

@@ -233,6 +233,11 @@ def test_whitening_scope():
         assert preset.advantages()["whiten"] == (name != "trlx")
 
 
+def test_a_whole_batch_is_whitened_over_trained_tokens():
+    with pytest.raises(ValueError, match="whitening_scope 'batch' goes with whitening_mask 'loss'"):
+        dataclasses.replace(fk.PRESETS["trl"], whitening_mask="all")
+
+
 def test_whitening_mask():
     """trlx counts the slot of the score and the padding; trl, with the same scores, does not."""
     ours, theirs = simple("trlx"), simple("trl")
@@ -252,6 +257,8 @@ def test_missing_eos():
     """The score of row 1, -4, where the penalty is 1 (n+), 0 (trl), 2 (trl, when asked)."""
     found = {name: simple(name, has_eos=HAS_EOS)[2][1, 3].item() for name in NAMES}
     assert found == {"n+": -1.0, "trl": -4.0, "trlx": -4.0, "openrlhf": -4.0, "verl": -4.0}
+    rules = [preset.missing_eos for preset in fk.PRESETS.values()]
+    assert rules == ["replace", "subtract", None, None, None]
     asked = dataclasses.replace(fk.PRESETS["trl"], missing_eos_penalty=2.0)
     rewards, _ = fk.shape_rewards(
         SCORES, LOGPROBS, REF_LOGPROBS, LOSS_MASK, kl_coef=0.0, has_eos=HAS_EOS, **asked.shaping()
