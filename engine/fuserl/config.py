@@ -350,13 +350,19 @@ class BenchConfig:
     """Time an op against its rivals: `fuserl bench OP`. Every answer is checked first."""
 
     op: str
-    """Also without the flag: token_logprobs, linear_token_logprobs or linear_policy_loss."""
+    """Also without the flag: token_logprobs, linear_token_logprobs, linear_policy_loss, gae,
+    rewards_to_advantages, masked_whiten, kl_penalty, policy_loss, ppo_loss, pairwise_loss or
+    sample_tokens."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a CUDA device if there is one."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of logits, hidden and weight. auto: fp32 on a CPU, bf16 on a GPU."""
+    """Of the inputs. auto: fp32, but on a GPU bf16 for logits, hidden and weight."""
     num_rows: int | None = None
-    """Tokens, N. Defaults of the sizes: those of the op and device."""
+    """Tokens, sampled rows or pairs, N. Defaults of the sizes: those of the op and device."""
+    num_sequences: int | None = None
+    """B of the ops on [B, T]. Half to all of their T slots are trained."""
+    num_slots: int | None = None
+    """T of the ops on [B, T]."""
     hidden_size: int | None = None
     """D."""
     vocab_size: int | None = None
@@ -367,6 +373,15 @@ class BenchConfig:
     """Also the entropy of each row (in a loss: its bonus)."""
     inplace_grad: bool = False
     """Let the gradient overwrite the logits, where a provider can."""
+    with_metrics: bool = False
+    """policy_loss, ppo_loss: rivals too make approximate KL, clip fractions and mean ratio, which
+    ours always makes."""
+    temperature: float | None = None
+    """Of sample_tokens. Default: 0.8."""
+    top_p: float | None = None
+    """Of sample_tokens, 1 for no truncation. Default: 0.95."""
+    cuda_graph: bool = False
+    """Time replays of a captured CUDA graph: the device's part of a call alone."""
     providers: str = "all"
     """Names with commas between; plain torch always joins, for the ratios."""
     rounds: int = 25
@@ -383,6 +398,9 @@ class BenchConfig:
     def __post_init__(self) -> None:
         _refuse_unknown_choices(self)
         _require_positive(self, "rounds", "budget_seconds")
-        for name in ("num_rows", "hidden_size", "vocab_size", "threads"):
+        sizes = ("num_rows", "num_sequences", "num_slots", "hidden_size", "vocab_size")
+        for name in (*sizes, "threads", "temperature", "top_p"):
             if getattr(self, name) is not None:
                 _require_positive(self, name)
+        if self.top_p is not None and self.top_p > 1:
+            raise ValueError(f"top_p must be at most 1, got {self.top_p}")

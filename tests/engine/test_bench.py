@@ -18,14 +18,15 @@ import torch.nn.functional as F
 from fuserl import cli
 from fuserl.bench import ops, run
 from fuserl.bench.case import Case, Cost, linear_cost, rows_cost
-from fuserl.bench.checking import Call, Error, bound_for, measure_error
+from fuserl.bench.checking import Call, bound_for, measure_error
 from fuserl.bench.memory import peak_extra_bytes, why_not_measured
 from fuserl.bench.ops import OPS, Provider, providers
-from fuserl.bench.problem import Problem, Tensors
+from fuserl.bench.problem import Problem
 from fuserl.bench.report import CaseReport, Result
-from fuserl.bench.rivals import Unavailable, _load, torch_rows
+from fuserl.bench.rivals import Unavailable, load, torch_rows
 from fuserl.bench.run import WrongAnswer, cases_of, run_bench, run_case
 from fuserl.bench.timing import Ceilings, interleave, measure_ceilings, quartiles
+from fuserl.bench.truth import Error, Tensors, Truth
 from fuserl.config import BenchConfig
 from fuserl_kernels.registration import tables
 
@@ -34,12 +35,29 @@ CEILINGS = Ceilings(1e9, 1e9, "fp32")
 REFERENCE = "fuserl-reference"
 
 
-def tiny(op: str, pass_name: str = "forward_backward", **changes: Any) -> Case:
-    sizes: dict[str, Any] = {"num_rows": 12, "vocab_size": 37, "hidden_size": 0}
-    if OPS[op].defaults["cpu"].hidden_size:
-        sizes["hidden_size"] = 5
-    options = {"device": "cpu", "dtype": "fp32", **sizes, **changes}
-    return Case(op=op, pass_name=pass_name, **options)
+TINY = {"num_rows": 12, "vocab_size": 37, "hidden_size": 5, "num_sequences": 7, "num_slots": 9}
+
+
+def tiny_sizes(op: str) -> dict[str, int]:
+    defaults = dataclasses.asdict(OPS[op].defaults["cpu"])
+    return {name: TINY[name] for name, default in defaults.items() if default}
+
+
+def tiny(op: str, pass_name: str | None = None, **changes: Any) -> Case:
+    """The op's last pass, which is forward and backward where it has a gradient."""
+    options = {"device": "cpu", "dtype": "fp32", **tiny_sizes(op), **changes}
+    return Case(op=op, pass_name=pass_name or OPS[op].passes[-1], **options)
+
+
+def widened(problem: Problem) -> Problem:
+    """With float64 inputs, but for those inside a batch."""
+    inputs = [
+        x.detach().double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for x in problem.inputs
+    ]
+    for x in inputs[: problem.num_grads]:
+        x.requires_grad_()
+    return dataclasses.replace(problem, inputs=tuple(inputs))
 
 
 @pytest.fixture
@@ -71,23 +89,30 @@ def with_offset(offset: float) -> Callable[[Case], Callable[..., Tensors]]:
 # --- the truth and the check
 
 
-@pytest.mark.parametrize("with_entropy", [False, True])
-@pytest.mark.parametrize("op", OPS)
-def test_the_truth_is_what_autograd_gives_in_float64(op: str, with_entropy: bool) -> None:
-    problem = OPS[op].problem(tiny(op, with_entropy=with_entropy))
-    exact = [x.detach().double().requires_grad_() for x in problem.inputs[: problem.num_grads]]
-    rest = problem.inputs[problem.num_grads :]
-    wide = dataclasses.replace(problem, inputs=(*exact, *rest))
+OPTIONS = [
+    (op, {option: True} if option else {})
+    for op in OPS
+    for option in (None, "with_entropy", "with_metrics")
+    if option is None or option in OPS[op].options
+]
+
+
+@pytest.mark.parametrize(("op", "options"), OPTIONS)
+def test_the_truth_is_what_autograd_gives_in_float64(op: str, options: dict[str, bool]) -> None:
+    problem = widened(OPS[op].problem(tiny(op, **options)))
     eager = OPS[op].rivals[ops.BASELINE](problem.case)
-    error = measure_error(wide, *Call(wide, eager, None).run())
+    outputs, gradients = Call(problem, eager, None).run()
+    error = measure_error(problem, outputs, gradients)
     assert error.value < 1e-12
     assert error.gradient < 1e-12
-    assert len(problem.truth.gradients) == problem.num_grads
+    assert len(gradients) == problem.num_grads
+    assert problem.case.backward == (problem.num_grads > 0)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [op for op in OPS if OPS[op].has_gradient])
 def test_every_gradient_row_that_is_checked_is_told_apart(op: str) -> None:
     problem = OPS[op].problem(tiny(op))
+    assert isinstance(problem.truth, Truth)
     call = Call(problem, OPS[op].rivals[ops.BASELINE](problem.case), None)
     outputs, gradients = call.run()
     for i, (rows, _) in enumerate(problem.truth.gradients):
@@ -97,7 +122,18 @@ def test_every_gradient_row_that_is_checked_is_told_apart(op: str) -> None:
         assert not error.within(bound_for("fp32", False, None))
         spoiled[i][rows[-1]] = torch.nan
         assert measure_error(problem, outputs, tuple(spoiled)).gradient == float("inf")
-    assert measure_error(problem, (outputs[0] * torch.nan,), gradients).value == float("inf")
+
+
+@pytest.mark.parametrize(("op", "options"), OPTIONS)
+def test_every_output_is_told_apart(op: str, options: dict[str, bool]) -> None:
+    problem = OPS[op].problem(tiny(op, **options))
+    call = Call(problem, OPS[op].rivals[ops.BASELINE](problem.case), None)
+    outputs, gradients = call.run()
+    for i in range(len(outputs)):
+        for wrong in (outputs[i] + 0.01, outputs[i] * torch.nan):
+            spoiled = (*outputs[:i], wrong, *outputs[i + 1 :])
+            error = measure_error(problem, spoiled, gradients)
+            assert not error.within(bound_for("fp32", False, None))
 
 
 def test_the_ratios_of_the_policy_problem_keep_off_the_clip() -> None:
@@ -130,7 +166,7 @@ def test_a_wrong_a_broken_and_an_absent_rival_are_told_and_not_timed(
         return run
 
     def absent(case: Case) -> Callable[..., Tensors]:
-        return _load("no_such_library", "function")
+        return load("no_such_library", "function")
 
     table(rivals={"torch": torch_rows, "off": with_offset(0.1), "broken": breaks, "absent": absent})
     report = run_case(
@@ -222,8 +258,11 @@ def test_what_does_not_exist_is_named_with_what_does() -> None:
         BenchConfig(op="token_logprobs", dtype="fp8")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rounds must be positive"):
         BenchConfig(op="token_logprobs", rounds=0)
-    with pytest.raises(ValueError, match="num_rows must be positive"):
-        BenchConfig(op="token_logprobs", num_rows=0)
+    for name in ("num_rows", "num_sequences", "num_slots", "temperature", "top_p"):
+        with pytest.raises(ValueError, match=f"{name} must be positive"):
+            BenchConfig(op="token_logprobs", **{name: 0})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="top_p must be at most 1"):
+        BenchConfig(op="sample_tokens", top_p=1.5)
 
 
 def test_options_that_would_do_nothing_are_refused() -> None:
@@ -233,6 +272,20 @@ def test_options_that_would_do_nothing_are_refused() -> None:
         cases_of(BenchConfig(op="linear_policy_loss", inplace_grad=True))
     with pytest.raises(ValueError, match="inplace_grad makes no sense with passes forward"):
         cases_of(BenchConfig(op="token_logprobs", inplace_grad=True, passes="forward"))
+    for op, options in (
+        ("gae", {"vocab_size": 9}),
+        ("sample_tokens", {"num_slots": 9}),
+        ("gae", {"with_entropy": True}),
+        ("gae", {"with_metrics": True}),
+        ("token_logprobs", {"temperature": 0.5}),
+        ("ppo_loss", {"top_p": 0.5}),
+        ("sample_tokens", {"passes": "forward_backward"}),
+    ):
+        (name,) = options
+        with pytest.raises(ValueError, match=rf"{name} .*makes no sense with {op}"):
+            cases_of(BenchConfig(op=op, device="cpu", **options))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="cuda_graph needs a CUDA device, not cpu"):
+        cases_of(BenchConfig(op="gae", device="cpu", cuda_graph=True))
 
 
 def test_the_cases_of_an_op() -> None:
@@ -243,12 +296,17 @@ def test_the_cases_of_an_op() -> None:
     (case,) = cases_of(BenchConfig(op="token_logprobs", device="cpu", inplace_grad=True))
     assert case.backward
     assert case.inplace_grad
+    (case,) = cases_of(BenchConfig(op="gae", device="cpu", num_slots=64))
+    assert case.title == "gae forward B=512 T=64 fp32 cpu"
+    (case,) = cases_of(BenchConfig(op="sample_tokens", device="cpu", top_p=1.0))
+    assert case.title == "sample_tokens forward N=64 V=128256 fp32 cpu temperature 0.8"
 
 
 # --- measures
 
 
 def test_floors() -> None:
+    peaks = Ceilings(4.3e12, 790e12, "bf16", launch_ms=0.0025)
     case = tiny("token_logprobs", "forward", num_rows=8192, vocab_size=128256, dtype="bf16")
     both = dataclasses.replace(case, pass_name="forward_backward")
     assert rows_cost(case) == Cost(2 * 8192 * 128256, 0)
@@ -258,10 +316,10 @@ def test_floors() -> None:
     product = 2 * 8192 * 4096 * 128256
     assert linear_cost(case) == Cost(2 * (8192 + 128256) * 4096, product)
     assert linear_cost(both).num_flops == 3 * product
-    # kernels at 790 TFLOP/s and 4.3 TB/s
-    assert linear_cost(case).floor_ms(4.3e12, 790e12) == pytest.approx(10.9, abs=0.05)
-    assert linear_cost(both).floor_ms(4.3e12, 790e12) == pytest.approx(32.7, abs=0.05)
-    assert Cost(1000, 1).floor_ms(1e6, 1e9) == pytest.approx(1.0)
+    assert peaks.floor_ms(linear_cost(case)) == pytest.approx(10.9, abs=0.05)
+    assert peaks.floor_ms(linear_cost(both)) == pytest.approx(32.7, abs=0.05)
+    assert peaks.floor_ms(Cost(1000, 1)) == 0.0025
+    assert Ceilings(1e6, 1e9, "fp32").floor_ms(Cost(1000, 1)) == pytest.approx(1.0)
 
 
 @pytest.mark.skipif(why_not_measured("cpu") is not None, reason=str(why_not_measured("cpu")))
@@ -302,9 +360,8 @@ def test_ceilings_are_plausible() -> None:
     ceilings = measure_ceilings("cpu", "fp32")
     assert 1e8 < ceilings.bytes_per_second < 1e13
     assert 1e8 < ceilings.flops_per_second < 1e16
-    assert Ceilings(1.0, 4.0, "fp32").better_of(Ceilings(2.0, 3.0, "fp32")) == Ceilings(
-        2.0, 4.0, "fp32"
-    )
+    first, second = Ceilings(1.0, 4.0, "fp32", 0.003), Ceilings(2.0, 3.0, "fp32", 0.002)
+    assert first.better_of(second) == Ceilings(2.0, 4.0, "fp32", 0.002)
 
 
 def test_the_gradient_in_place_gets_logits_of_its_own_each_time() -> None:
@@ -347,13 +404,11 @@ def test_json_and_plot(op: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     config = BenchConfig(
         op=op,
         device="cpu",
-        num_rows=6,
-        vocab_size=30,
-        hidden_size=4 if OPS[op].defaults["cpu"].hidden_size else None,
         rounds=4,
         providers=f"{REFERENCE}, torch",
         json=str(content_path),
         plot=str(plot),
+        **tiny_sizes(op),  # type: ignore[arg-type]
     )
     reports = run_bench(config)
     content = json.loads(content_path.read_text())

@@ -19,12 +19,21 @@ class Case:
     device: str
     dtype: str
     """A key of DTYPES."""
-    num_rows: int
-    vocab_size: int
-    hidden_size: int
-    """0 for an op on logits."""
+    # Sizes are 0 for an op that has no such dimension.
+    num_rows: int = 0
+    """N: tokens, sampled rows or pairs."""
+    vocab_size: int = 0
+    hidden_size: int = 0
+    num_sequences: int = 0
+    """B of an op on [B, T]."""
+    num_slots: int = 0
+    """T of an op on [B, T]."""
     with_entropy: bool = False
     inplace_grad: bool = False
+    with_metrics: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    cuda_graph: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -36,12 +45,32 @@ class Case:
 
     @property
     def title(self) -> str:
-        hidden = f"D={self.hidden_size} " if self.hidden_size else ""
-        extras = [" with entropy"] * self.with_entropy + [" in-place gradient"] * self.inplace_grad
-        return (
-            f"{self.op} {self.pass_name} N={self.num_rows} {hidden}V={self.vocab_size} "
-            f"{self.dtype} {self.device}{''.join(extras)}"
-        )
+        sizes = {
+            "N": self.num_rows,
+            "B": self.num_sequences,
+            "T": self.num_slots,
+            "D": self.hidden_size,
+            "V": self.vocab_size,
+        }
+        extras = {
+            "with entropy": self.with_entropy,
+            "in-place gradient": self.inplace_grad,
+            "with metrics": self.with_metrics,
+            f"temperature {self.temperature:g}": self.temperature != 1,
+            f"top-p {self.top_p:g}": self.top_p != 1,
+            "graph replay": self.cuda_graph,
+        }
+        words = [self.op, self.pass_name]
+        words += [f"{letter}={size}" for letter, size in sizes.items() if size]
+        words += [self.dtype, self.device, *(word for word, is_on in extras.items() if is_on)]
+        return " ".join(words)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Trained tokens of each of the B sequences: evenly from half of T to all of it."""
+        num_slots, steps = self.num_slots, max(1, self.num_sequences - 1)
+        spare = num_slots - -(-num_slots // 2)
+        return [num_slots - spare * i // steps for i in range(self.num_sequences)]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -53,10 +82,6 @@ class Cost:
 
     num_bytes: int
     num_flops: int
-
-    def floor_ms(self, bytes_per_second: float, flops_per_second: float) -> float:
-        """The time below which no implementation gets on a device with these ceilings."""
-        return 1e3 * max(self.num_bytes / bytes_per_second, self.num_flops / flops_per_second)
 
 
 def rows_cost(case: Case) -> Cost:

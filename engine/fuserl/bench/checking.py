@@ -1,27 +1,11 @@
 """A provider's call on a problem, and how far its answer is from the truth."""
 
-import math
-from dataclasses import dataclass
-
 import torch
 
 import fuserl_kernels as fk
-from fuserl.bench.problem import Problem, Tensors
+from fuserl.bench.problem import Problem
 from fuserl.bench.rivals import Function
-
-
-@dataclass(frozen=True, slots=True)
-class Error:
-    """value: largest absolute difference of the outputs from float64.
-    gradient: largest relative difference (2-norm) of a gradient at the checked rows; 0 without."""
-
-    value: float
-    gradient: float
-
-    def within(self, bound: "Error") -> bool:
-        """False for NaN too."""
-        return self.value <= bound.value and self.gradient <= bound.gradient
-
+from fuserl.bench.truth import Error, Tensors
 
 # Rivals round where they like (native bf16 gives entropies wrong by 0.17): wrong is what
 # rounding does not explain. Ours may err as much as eager torch in the same dtype, and this more.
@@ -58,28 +42,13 @@ class Call:
                 with torch.no_grad():
                     return self._function(*self._inputs), ()
             outputs = self._function(*self._inputs)
-            cotangents = [c.to(o.dtype) for c, o in zip(problem.cotangents, outputs, strict=True)]
+            sources = outputs[: len(problem.cotangents)]
+            cotangents = [c.to(o.dtype) for c, o in zip(problem.cotangents, sources, strict=True)]
             wanted = self._inputs[: problem.num_grads]
-            return outputs, torch.autograd.grad(outputs, wanted, cotangents)
+            return outputs, torch.autograd.grad(sources, wanted, cotangents)
 
 
 def measure_error(problem: Problem, outputs: Tensors, gradients: Tensors) -> Error:
     """NaN anywhere in an answer is an infinite error, at unchecked rows of a gradient too."""
     truth = problem.truth
-    values = [
-        _finite(mine, mine.detach().double() - exact)
-        for mine, exact in zip(outputs, truth.outputs, strict=True)
-    ]
-    slopes = [
-        _finite(mine, (mine[rows].double() - exact) / exact.norm(), 2)
-        for mine, (rows, exact) in zip(gradients, truth.gradients, strict=True)
-    ]
-    return Error(max(values), max(slopes, default=0.0))
-
-
-def _finite(answer: torch.Tensor, difference: torch.Tensor, norm: float = math.inf) -> float:
-    """A norm of the difference; infinite if the answer or the difference is not finite."""
-    if not bool(torch.isfinite(answer.detach().sum(dtype=torch.float32))):
-        return math.inf
-    size = float(torch.linalg.vector_norm(difference, norm))
-    return size if math.isfinite(size) else math.inf
+    return Error(truth.value_error(outputs), truth.gradient_error(gradients))

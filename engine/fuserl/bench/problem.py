@@ -1,4 +1,5 @@
-"""Inputs of a case, and what the right answer is, in float64 and by formulas of its own.
+"""Inputs of a case on logits or hidden states, and the right answer in float64, by formulas of
+their own.
 
 The gradients are known at some rows of each tensor only: of the logits or hidden rows, and of the
 vocabulary rows of the weight. That is cheap, exact, and needs no float64 gradient of full size.
@@ -12,13 +13,12 @@ import torch
 import torch.nn.functional as F
 
 from fuserl.bench.case import Case
+from fuserl.bench.truth import SamplerTruth, Tensors, Truth
 
 CHUNK_BYTES = 256 << 20
 NUM_CHECKED_ROWS = 32
 LOGIT_STD = 2.0
 CLIP_RANGE, KL_COEF, ENTROPY_COEF = 0.2, 0.04, 0.01
-
-Tensors = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,24 +51,15 @@ class PolicyBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Truth:
-    """outputs: float64, as a provider returns them. gradients: for each input that gets one, the
-    indices [R] of the rows that are checked and their float64 values [R, ...]."""
-
-    outputs: Tensors
-    gradients: tuple[tuple[torch.Tensor, torch.Tensor], ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Problem:
     """inputs: a provider's arguments; the first num_grads of them get gradients.
-    cotangents: float32, one for each output."""
+    cotangents: float32, one for each output that has a gradient; others come after those."""
 
     case: Case
     inputs: tuple
     num_grads: int
     cotangents: Tensors
-    truth: Truth
+    truth: Truth | SamplerTruth
 
     @property
     def required_bytes(self) -> int:

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 
 from fuserl.bench.case import Case
-from fuserl.bench.checking import Error
 from fuserl.bench.timing import Ceilings, as_milliseconds, quartiles
+from fuserl.bench.truth import Error
 
 Status = Literal["timed", "unavailable", "out of memory", "wrong", "failed"]
 FORMAT = 1
@@ -33,7 +33,8 @@ ms: median [quartiles] of interleaved rounds. vs torch: its median over this one
 over the median (a floor of reads alone can pass 100 %, since the copy ceiling also writes).
 peak: most memory beyond the inputs during a call, its results counted. beyond: the same less the
 gradients that the call must return. errors against float64: largest absolute of the outputs,
-relative (2-norm) of the gradients. first: seconds of the first call, compilation included."""
+relative (2-norm) of the gradients. first: seconds of the first call, compilation included. wall:
+of a call among many in a row on a GPU, with the host's part."""
 
 
 @dataclass(slots=True)
@@ -48,6 +49,8 @@ class Result:
     first_call_seconds: float | None = None
     peak_extra_bytes: int | None = None
     samples_ms: list[float] = field(default_factory=list)
+    wall_ms: float | None = None
+    """A call among many in a row on a CUDA device, the host's part included."""
 
     @property
     def median_ms(self) -> float:
@@ -103,7 +106,7 @@ class CaseReport:
         return record
 
     def table(self) -> str:
-        rows: list[tuple[str, ...]] = [_HEADS]
+        rows: list[tuple[str, ...]] = [(*_HEADS, "wall ms") if self._has_wall else _HEADS]
         rows += [self._row(result) for result in self.timed()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [f"{self.case.title}\nfloor {as_milliseconds(self.floor_ms)} ms; {self.ceilings}"]
@@ -121,6 +124,7 @@ class CaseReport:
     def _row(self, result: Result) -> tuple[str, ...]:
         low, median, high = quartiles(result.samples_ms)
         speedup, peak, error = self.speedup(result), result.peak_extra_bytes, result.error
+        wall = result.wall_ms
         assert error is not None
         assert result.first_call_seconds is not None
         return (
@@ -133,7 +137,12 @@ class CaseReport:
             f"{error.value:.1e}",
             f"{error.gradient:.1e}" if self.case.backward else "-",
             f"{result.first_call_seconds:.1f} s",
+            *(["-" if wall is None else as_milliseconds(wall)] if self._has_wall else []),
         )
+
+    @property
+    def _has_wall(self) -> bool:
+        return any(result.wall_ms is not None for result in self.results)
 
 
 def units() -> str:

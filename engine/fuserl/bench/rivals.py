@@ -17,10 +17,10 @@ from fuserl.bench.problem import (
     CLIP_RANGE,
     KL_COEF,
     PolicyBatch,
-    Tensors,
     eager_linear_logprobs,
     eager_logprobs,
 )
+from fuserl.bench.truth import Tensors
 
 Function = Callable[..., Tensors]
 Make = Callable[[Case], Function]
@@ -30,7 +30,8 @@ class Unavailable(Exception):
     """Why a provider cannot run a case here."""
 
 
-def _load(module: str, name: str) -> Any:
+def load(module: str, name: str) -> Any:
+    """An attribute of a library that may be absent. Raises Unavailable."""
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, OSError, RuntimeError) as error:
@@ -60,17 +61,17 @@ def torch_compile_rows(case: Case) -> Function:
 
 
 def trl_rows(case: Case) -> Function:
-    logprobs = _load("trl.trainer.utils", "selective_log_softmax")
+    logprobs = load("trl.trainer.utils", "selective_log_softmax")
     if not case.with_entropy:
         return lambda logits, token_ids: (logprobs(logits, token_ids),)
-    entropy = _load("trl.trainer.utils", "entropy_from_logits")
+    entropy = load("trl.trainer.utils", "entropy_from_logits")
     return lambda logits, token_ids: (logprobs(logits, token_ids), entropy(logits))
 
 
 def trl_triton_rows(case: Case) -> Function:
     if case.device != "cuda":
         raise Unavailable("it is a Triton kernel and needs a CUDA device")
-    both = _load("trl.kernels", "selective_log_softmax_and_entropy")
+    both = load("trl.kernels", "selective_log_softmax_and_entropy")
     return lambda logits, token_ids: both(logits, token_ids)[: 1 + case.with_entropy]
 
 
@@ -92,16 +93,16 @@ def torch_compile_linear(case: Case) -> Function:
 
 def torch_chunked_linear(case: Case) -> Function:
     _refuse_entropy(case)
-    cross_entropy = _load("torch.nn.functional", "linear_cross_entropy")
-    options = _load("torch.nn", "LinearCrossEntropyOptions")()
+    cross_entropy = load("torch.nn.functional", "linear_cross_entropy")
+    options = load("torch.nn", "LinearCrossEntropyOptions")()
     return lambda hidden, weight, token_ids: (
         -cross_entropy(hidden, weight, token_ids, reduction="none", options=options),
     )
 
 
 def trl_linear(case: Case) -> Function:
-    function = _load("trl.kernels", "ChunkedLogProbFunction")
-    chunk_size = _load("trl.trainer.utils", "_CHUNKED_LOGPROB_CHUNK_SIZE")
+    function = load("trl.kernels", "ChunkedLogProbFunction")
+    chunk_size = load("trl.trainer.utils", "_CHUNKED_LOGPROB_CHUNK_SIZE")
     extra = ("entropy",) if case.with_entropy else ()
 
     def run(hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor) -> Tensors:
@@ -114,8 +115,8 @@ def trl_linear(case: Case) -> Function:
 def liger_linear(case: Case) -> Function:
     _refuse_entropy(case)
     module = "liger_kernel.chunked_loss.fused_linear_ppo"
-    function = _load(module, "_ChunkedSelectiveLogProbFunction")
-    chunk_size = _load(module, "_SELECTIVE_LOGPROB_VOCAB_CHUNK_SIZE")
+    function = load(module, "_ChunkedSelectiveLogProbFunction")
+    chunk_size = load(module, "_SELECTIVE_LOGPROB_VOCAB_CHUNK_SIZE")
     return lambda hidden, weight, token_ids: (
         function.apply(hidden, weight, token_ids, None, 1.0, chunk_size),
     )
@@ -124,7 +125,7 @@ def liger_linear(case: Case) -> Function:
 def cce_linear(case: Case) -> Function:
     """On CUDA its own kernel, which by default drops gradients below a threshold."""
     _refuse_entropy(case)
-    cross_entropy = _load("cut_cross_entropy", "linear_cross_entropy")
+    cross_entropy = load("cut_cross_entropy", "linear_cross_entropy")
     impl = "cce" if case.device == "cuda" else "torch_compile"
     return lambda hidden, weight, token_ids: (
         -cross_entropy(hidden, weight, token_ids, reduction="none", impl=impl),
@@ -163,7 +164,7 @@ def torch_compile_loss(case: Case) -> Function:
 def liger_loss(case: Case) -> Function:
     if case.with_entropy:
         raise Unavailable("it has no entropy bonus")
-    kind = _load("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
+    kind = load("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
 
     def run(hidden: torch.Tensor, weight: torch.Tensor, batch: PolicyBatch) -> Tensors:
         num_sequences, length = batch.token_ids.shape

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import torch
 
 from fuserl.bench import report
 from fuserl.bench.case import PASSES, Case
-from fuserl.bench.checking import Call, Error, bound_for, measure_error
+from fuserl.bench.checking import Call, bound_for, measure_error
 from fuserl.bench.memory import peak_extra_bytes, why_not_measured
-from fuserl.bench.ops import BASELINE, Provider, find_op, providers
+from fuserl.bench.ops import BASELINE, Op, Provider, Sizes, find_op, providers
 from fuserl.bench.problem import Problem
 from fuserl.bench.report import CaseReport, Result
 from fuserl.bench.rivals import Unavailable
-from fuserl.bench.timing import Ceilings, interleave, measure_ceilings
+from fuserl.bench.timing import Ceilings, Replay, interleave, measure_ceilings, wall_ms
+from fuserl.bench.truth import Error
 from fuserl.config import BenchConfig
 from fuserl.device import default_device
 
@@ -58,32 +60,56 @@ def cases_of(config: BenchConfig) -> list[Case]:
     """The passes asked for, at the sizes asked for or those of the op and device."""
     op = find_op(config.op)
     device = default_device(None if config.device == "auto" else config.device).type
-    sizes = op.defaults[device]
-    dtype = config.dtype if config.dtype != "auto" else {"cpu": "fp32", "cuda": "bf16"}[device]
-    if config.hidden_size is not None and not sizes.hidden_size:
-        raise ValueError(f"hidden_size makes no sense with {config.op}: it takes logits")
+    sizes = _sizes(config, op.defaults[device])
+    options = _options(config, op)
+    if config.passes == "forward_backward" and not op.has_gradient:
+        raise ValueError(f"passes forward_backward makes no sense with {config.op}: no gradient")
     passes = op.passes if config.passes == "all" else (config.passes,)
     if config.inplace_grad:
-        if sizes.hidden_size:
-            raise ValueError(f"inplace_grad makes no sense with {config.op}: it has no logits")
         if config.passes == "forward":
             raise ValueError("inplace_grad makes no sense with passes forward: no gradient is made")
         passes = ("forward_backward",)
+    if config.cuda_graph and device != "cuda":
+        raise ValueError(f"cuda_graph needs a CUDA device, not {device}")
+    if config.cuda_graph and config.inplace_grad:
+        raise ValueError("cuda_graph and inplace_grad exclude each other: a graph keeps its inputs")
     assert set(passes) <= set(PASSES)
     return [
         Case(
             op=config.op,
             pass_name=name,
             device=device,
-            dtype=dtype,
-            num_rows=config.num_rows or sizes.num_rows,
-            vocab_size=config.vocab_size or sizes.vocab_size,
-            hidden_size=config.hidden_size or sizes.hidden_size,
-            with_entropy=config.with_entropy,
-            inplace_grad=config.inplace_grad,
+            dtype=op.dtypes[device] if config.dtype == "auto" else config.dtype,
+            **sizes,
+            cuda_graph=config.cuda_graph,
+            **options,
         )
         for name in passes
     ]
+
+
+def _sizes(config: BenchConfig, defaults: Sizes) -> dict[str, Any]:
+    """Those asked for, else the op's. Raises ValueError for a dimension that it does not have."""
+    sizes = asdict(defaults)
+    for name, default in sizes.items():
+        asked = getattr(config, name)
+        if asked is not None and not default:
+            raise ValueError(f"{name} makes no sense with {config.op}: it has no such dimension")
+        sizes[name] = default if asked is None else asked
+    return sizes
+
+
+def _options(config: BenchConfig, op: Op) -> dict[str, Any]:
+    """Those asked for, else the op's. Raises ValueError for one that would do nothing."""
+    options = dict(op.options)
+    for name in ("with_entropy", "inplace_grad", "with_metrics", "temperature", "top_p"):
+        asked = getattr(config, name)
+        if asked is None or asked is False:
+            continue
+        if name not in options:
+            raise ValueError(f"{name} makes no sense with {config.op}: it has no such option")
+        options[name] = asked
+    return options
 
 
 def run_case(
@@ -120,8 +146,10 @@ def run_case(
     samples = interleave(case.device, calls, rounds, budget_seconds)
     for name, times in samples.items():
         by_name[name].samples_ms = times
+        if case.device == "cuda" and not case.inplace_grad:
+            by_name[name].wall_ms = wall_ms(calls[name], by_name[name].median_ms)
     ceilings = ceilings.better_of(measure_ceilings(case.device, case.dtype))
-    floor = op.cost(case).floor_ms(ceilings.bytes_per_second, ceilings.flops_per_second)
+    floor = ceilings.floor_ms(op.cost(case))
     return CaseReport(case, ceilings, floor, problem.required_bytes, BASELINE, results, note)
 
 
@@ -139,6 +167,10 @@ def check(
         if case.device == "cuda":
             torch.cuda.synchronize()
         result.first_call_seconds = time.perf_counter() - began
+        if case.cuda_graph:
+            call = Replay(call)
+            answer = call.run()
+            torch.cuda.synchronize()
         result.error = measure_error(problem, *answer)
     except Unavailable as reason:
         result.status, result.reason = "unavailable", str(reason)

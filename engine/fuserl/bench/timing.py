@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from fuserl.bench.case import DTYPES
+from fuserl.bench.case import DTYPES, Cost
 from fuserl.bench.checking import Call
+from fuserl.bench.rivals import Unavailable
+from fuserl.bench.truth import Tensors
 
 MIN_ROUNDS = 3
 _FLUSH_BYTES = 256 << 20  # several times any L2 cache
 _COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+_WALL_MS = 100.0  # of calls in a row
 _MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
@@ -64,13 +67,63 @@ def interleave(
     return samples
 
 
+class Replay(Call):
+    """A call captured as a CUDA graph: its time is the device's, without the host's part.
+
+    Raises Unavailable for a call that cannot be captured, such as one that waits for the device.
+    """
+
+    _WARM_UPS = 3
+
+    def __init__(self, call: Call) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(self._WARM_UPS):
+                call.run()
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self._graph):
+                self._answer = call.run()
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise Unavailable(f"it cannot be captured as a CUDA graph ({reason})") from None
+
+    def prepare(self) -> None:
+        """A graph reads the inputs where they lay when it was captured."""
+
+    def run(self) -> tuple[Tensors, Tensors]:
+        self._graph.replay()
+        return self._answer
+
+
+def wall_ms(call: Call, about_ms: float) -> float:
+    """Of one of many calls in a row, host and device together, on a CUDA device."""
+    num_calls = max(1, min(100, round(_WALL_MS / about_ms)))
+    call.run()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(num_calls):
+        call.run()
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - began) / num_calls
+
+
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """Measured: a large copy (bytes read and written), a square matrix product of random data."""
+    """Measured: a large copy (bytes read and written), a square matrix product of random data, and
+    on a CUDA device one launch of a kernel that does next to nothing."""
 
     bytes_per_second: float
     flops_per_second: float
     matmul_dtype: str
+    launch_ms: float = 0.0
+
+    def floor_ms(self, cost: Cost) -> float:
+        """The time below which no implementation gets on this device."""
+        moving = cost.num_bytes / self.bytes_per_second
+        return max(1e3 * max(moving, cost.num_flops / self.flops_per_second), self.launch_ms)
 
     def better_of(self, other: "Ceilings") -> "Ceilings":
         """Of two measurements of one device: what disturbs one only lowers it."""
@@ -78,12 +131,14 @@ class Ceilings:
             max(self.bytes_per_second, other.bytes_per_second),
             max(self.flops_per_second, other.flops_per_second),
             self.matmul_dtype,
+            min(self.launch_ms, other.launch_ms),
         )
 
     def __str__(self) -> str:
+        launch = f", launch {1e3 * self.launch_ms:.1f} us" if self.launch_ms else ""
         return (
             f"copy {self.bytes_per_second / 1e9:.1f} GB/s (read + written), "
-            f"{self.matmul_dtype} matmul {self.flops_per_second / 1e12:.3g} TFLOP/s"
+            f"{self.matmul_dtype} matmul {self.flops_per_second / 1e12:.3g} TFLOP/s{launch}"
         )
 
 
@@ -96,7 +151,10 @@ def measure_ceilings(device: str, dtype: str) -> Ceilings:
     a, b = torch.randn(2, size, size, device=device).to(DTYPES[dtype])
     out = torch.empty_like(a)
     matmul_ms = _best(stopwatch, lambda: torch.mm(a, b, out=out))
-    return Ceilings(2 * source.nbytes / copy_ms * 1e3, 2 * size**3 / matmul_ms * 1e3, dtype)
+    launch_ms = _best(stopwatch, lambda: source[:1].zero_()) if device == "cuda" else 0.0
+    return Ceilings(
+        2 * source.nbytes / copy_ms * 1e3, 2 * size**3 / matmul_ms * 1e3, dtype, launch_ms
+    )
 
 
 def _best(stopwatch: Stopwatch, run: Callable[[], object]) -> float:
