@@ -458,7 +458,23 @@ def test_the_gpu_script_takes_each_case_once_and_the_most_wanted_first(gpu_scrip
     cases = gpu_script.op_cases()
     assert len({case.title for case in cases}) == len(cases)
     assert cases[0].title == "token_logprobs forward N=8192 V=128256 bf16 cuda"
-    assert {case.vocab_size for case in cases} == {32000, 128256, 151936}
+    assert {case.vocab_size for case in cases} == {0, 32000, 128256, 151936}
+    alone = gpu_script.rl_cases()
+    assert len({case.title for case in alone}) == len(alone)
+    assert alone[0].title == (
+        "sample_tokens forward N=256 V=128256 bf16 cuda temperature 0.8 top-p 0.95"
+    )
+    for case in (*cases, *alone):
+        given = {name for name in TINY if getattr(case, name)}
+        assert given == set(tiny_sizes(case.op)), case.title
+    in_both = [case for case in alone if case in cases]
+    assert {case.op for case in in_both} == {
+        "sample_tokens",
+        "ppo_loss",
+        "rewards_to_advantages",
+        "gae",
+    }
+    assert {case.cuda_graph for case in in_both} == {False, True}
 
 
 @pytest.fixture

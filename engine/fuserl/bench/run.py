@@ -137,6 +137,8 @@ def run_case(
     results = [by_name[provider.name] for provider in chosen]
     _refuse_wrong(case, results)
     note = why_not_measured(case.device)
+    if case.cuda_graph:
+        note = "peak memory is not measured: a graph keeps its memory from capture on"
     for name, call in calls.items():
         call.prepare()
         call.run()  # a second warm-up, and memory without what the first call keeps
