@@ -67,6 +67,12 @@ struct Simd : GenericSimd<16> {
         std::memcpy(target, &both, sizeof both);
     }
 
+    template <int kHalf>
+    static FUSERL_INLINE Doubles doubles(Floats x) {
+        return _mm512_cvtps_pd(kHalf == 0 ? _mm512_castps512_ps256(x)
+                                          : _mm512_extractf32x8_ps(x, 1));
+    }
+
     static FUSERL_INLINE double lane_sum(Floats x) {
         return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(x)),
                                                   _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1))));

@@ -27,6 +27,7 @@ struct GenericSimd {
     using Floats = typename Vector<float, kLanes>::type;
     using Words = typename Vector<std::uint32_t, kLanes>::type;
     using Halves = typename Vector<std::uint16_t, kLanes>::type;
+    using Doubles = typename Vector<double, kLanes / 2>::type;
 
     static FUSERL_INLINE Floats splat(float x) { return Floats{} + x; }
 
@@ -139,6 +140,14 @@ struct GenericSimd {
     static FUSERL_INLINE void store_pair(T* target, const Floats (&x)[2]) {
         store(target, x[0]);
         store(target + kLanes, x[1]);
+    }
+
+    // The first or the second half of the lanes.
+    template <int kHalf>
+    static FUSERL_INLINE Doubles doubles(Floats x) {
+        typename Vector<float, kLanes / 2>::type halves[2];
+        std::memcpy(halves, &x, sizeof x);
+        return __builtin_convertvector(halves[kHalf], Doubles);
     }
 
     static FUSERL_INLINE double lane_sum(Floats x) {

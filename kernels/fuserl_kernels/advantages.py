@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fuserl_kernels import checks
+from fuserl_kernels import checks, native_advantages
 from fuserl_kernels.reference.rewards import (
     MASKED,
     discounted_returns_fwd,
@@ -18,9 +18,15 @@ from fuserl_kernels.reference.sequences import compute_dtype
 from fuserl_kernels.registration import register
 from fuserl_kernels.reward_shaping import SHAPING_SCHEMA, check_room, shaping_arguments
 
-GAE_FORWARD = {"reference": gae_fwd}
-RETURNS_FORWARD = {"reference": discounted_returns_fwd}
-FORWARD = {"reference": rewards_to_advantages_fwd}
+GAE_FORWARD = {"reference": gae_fwd, "native": native_advantages.gae_fwd}
+RETURNS_FORWARD = {
+    "reference": discounted_returns_fwd,
+    "native": native_advantages.discounted_returns_fwd,
+}
+FORWARD = {
+    "reference": rewards_to_advantages_fwd,
+    "native": native_advantages.rewards_to_advantages_fwd,
+}
 
 
 def _check_sequences(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fuserl_kernels import checks
+from fuserl_kernels import checks, native_advantages
 from fuserl_kernels.reference.rewards import (
     ESTIMATORS,
     MISSING_EOS,
@@ -21,9 +21,9 @@ from fuserl_kernels.reference.sequences import compute_dtype
 from fuserl_kernels.registration import register
 from fuserl_kernels.scalars import scalar_tensor
 
-KL_FORWARD = {"reference": kl_penalty_fwd}
-KL_BACKWARD = {"reference": kl_penalty_bwd}
-SHAPE_FORWARD = {"reference": shape_rewards_fwd}
+KL_FORWARD = {"reference": kl_penalty_fwd, "native": native_advantages.kl_penalty_fwd}
+KL_BACKWARD = {"reference": kl_penalty_bwd, "native": native_advantages.kl_penalty_bwd}
+SHAPE_FORWARD = {"reference": shape_rewards_fwd, "native": native_advantages.shape_rewards_fwd}
 
 # --- kl_penalty
 

@@ -2,13 +2,16 @@
 
 import torch
 
-from fuserl_kernels import checks
+from fuserl_kernels import checks, native_advantages
 from fuserl_kernels.reference.rewards import masked_moments_fwd, masked_whiten_fwd
 from fuserl_kernels.reference.sequences import compute_dtype
 from fuserl_kernels.registration import register
 
-MOMENTS_FORWARD = {"reference": masked_moments_fwd}
-FORWARD = {"reference": masked_whiten_fwd}
+MOMENTS_FORWARD = {
+    "reference": masked_moments_fwd,
+    "native": native_advantages.masked_moments_fwd,
+}
+FORWARD = {"reference": masked_whiten_fwd, "native": native_advantages.masked_whiten_fwd}
 
 _moments_op = register(
     "masked_moments(Tensor x, Tensor mask) -> Tensor",
