@@ -23,16 +23,12 @@ def test_unknown_name_lists_the_valid_ones():
 
 
 def test_an_op_without_the_implementation_raises():
-    with (
-        fk.use_backend("triton"),
-        pytest.raises(RuntimeError, match=r"masked_whiten cannot run .*'triton'.* auto"),
-    ):
-        fk.masked_whiten(LOGITS, LOGITS == 0)
-    with (
-        fk.use_backend("native"),
-        pytest.raises(RuntimeError, match=r"masked_whiten cannot run .*'native'"),
-    ):
-        fk.masked_whiten(LOGITS, LOGITS == 0)
+    for choice in ("triton", "native"):
+        with (
+            fk.use_backend(choice),
+            pytest.raises(RuntimeError, match=rf"an_op cannot run .*'{choice}'.* auto, reference"),
+        ):
+            backend.select("an_op", {"reference": print}, LOGITS)
 
 
 def test_a_dtype_that_cannot_run_raises_and_auto_takes_the_reference():
@@ -56,7 +52,7 @@ def test_the_choice_reaches_other_threads_and_ends_with_the_block():
 
     def call():
         try:
-            fk.masked_whiten(LOGITS, LOGITS == 0)
+            backend.select("an_op", {"reference": print}, LOGITS)
         except RuntimeError as error:
             seen.append(str(error))
 
@@ -72,9 +68,9 @@ def test_the_choice_reaches_other_threads_and_ends_with_the_block():
 def test_blocks_nest():
     with fk.use_backend("triton"):
         with fk.use_backend("reference"):
-            fk.masked_whiten(LOGITS, LOGITS == 0)
+            backend.select("an_op", {"reference": print}, LOGITS)
         with pytest.raises(RuntimeError):
-            fk.masked_whiten(LOGITS, LOGITS == 0)
+            backend.select("an_op", {"reference": print}, LOGITS)
 
 
 @pytest.mark.parametrize(
