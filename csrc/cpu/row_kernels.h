@@ -72,8 +72,11 @@ FUSERL_INLINE void prefetch_pair(const T* source) {
         __builtin_prefetch(ahead + byte, 0, 2);
 }
 
-// Call visit(x, part) with vectors of capped logits that cover the columns of a block once, in no
-// particular order; absent columns are -inf.
+// How a vector lies in its block: as one of the two of load_pair, or alone, in order.
+enum Part { kFirst, kSecond, kAlone };
+
+// Call visit(x, column, part) with vectors of capped logits that cover the columns of a block once;
+// `column` is where the pair, or the vector alone, begins. Absent columns are -inf.
 template <bool kPrefetch, typename T, typename Cap, typename Visit>
 FUSERL_INLINE void each_vector(const T* block, std::int64_t count, const Cap& cap,
                                const Visit& visit) {
@@ -83,13 +86,13 @@ FUSERL_INLINE void each_vector(const T* block, std::int64_t count, const Cap& ca
         if (kPrefetch) prefetch_pair(source);
         Floats x[2];
         Simd::load_pair(source, x);
-        visit(cap(x[0]), 0);
-        visit(cap(x[1]), 1);
+        visit(cap(x[0]), column, kFirst);
+        visit(cap(x[1]), column, kSecond);
     }
     for (; column < count; column += Simd::kWidth) {
         Floats x = cap(Simd::load_some(block + column, count - column));
         for (std::int64_t lane = count - column; lane < Simd::kWidth; ++lane) x[lane] = -kInfinity;
-        visit(x, 0);
+        visit(x, column, kAlone);
     }
 }
 
@@ -97,21 +100,38 @@ struct Sums {
     float maximum = -kInfinity;
     double weights = 0.0;   // sum of e^(d / temperature), d = x - maximum
     double products = 0.0;  // sum of d e^(d / temperature)
+
+    // Make the sums relative to `raised` instead of `reference`; the factor for plain weights.
+    FUSERL_INLINE double rebase(float reference, float raised, double temperature) {
+        const double step = static_cast<double>(reference) - raised;
+        const double shrink = std::exp(step / temperature);
+        products = shrink * (products + step * weights);
+        weights *= shrink;
+        return shrink;
+    }
+};
+
+// What block_sums does with each weight beside summing it: nothing.
+struct NoUse {
+    FUSERL_INLINE void operator()(Floats, std::int64_t, Part) const {}
 };
 
 // The sums of a block relative to `reference`, and the block's own maximum on the way.
-template <bool kEntropy, bool kPrefetch, typename T, typename Cap>
+template <bool kEntropy, bool kPrefetch, typename T, typename Cap, typename Use = NoUse>
 FUSERL_INLINE Sums block_sums(const T* block, std::int64_t count, float reference,
-                              const Simd::Scale& scale, const Cap& cap) {
+                              const Simd::Scale& scale, const Cap& cap, const Use& use = {}) {
     Floats maxima[2] = {Simd::splat(-kInfinity), Simd::splat(-kInfinity)};
     Floats weights[2] = {Floats{}, Floats{}};
     Floats products[2] = {Floats{}, Floats{}};
-    each_vector<kPrefetch>(block, count, cap, [&](Floats x, int part) FUSERL_LAMBDA {
+    each_vector<kPrefetch>(block, count, cap, [&](Floats x, std::int64_t column, Part part)
+                                                  FUSERL_LAMBDA {
+        const int sum = part == kSecond;
         const Floats d = Simd::at_least(x - reference, Simd::splat(scale.floor));
         const Floats weight = Simd::weight(d, scale);
-        maxima[part] = Simd::grown(maxima[part], x);
-        weights[part] += weight;
-        if (kEntropy) products[part] += d * weight;
+        maxima[sum] = Simd::grown(maxima[sum], x);
+        weights[sum] += weight;
+        if (kEntropy) products[sum] += d * weight;
+        use(weight, column, part);
     });
     Sums sums;
     sums.maximum = Simd::lane_maximum(Simd::grown(maxima[0], maxima[1]));
@@ -134,10 +154,7 @@ FUSERL_INLINE Sums row_sums(const T* row, std::int64_t size, double temperature,
         Sums part = block_sums<kEntropy, true>(block, count, reference, scale, cap);
         sums.maximum = part.maximum > sums.maximum ? part.maximum : sums.maximum;
         if (part.maximum > reference) {
-            const double step = static_cast<double>(reference) - part.maximum;
-            const double shrink = std::exp(step / temperature);
-            sums.products = shrink * (sums.products + step * sums.weights);
-            sums.weights *= shrink;
+            sums.rebase(reference, part.maximum, temperature);
             reference = part.maximum;
             part = block_sums<kEntropy, false>(block, count, reference, scale, cap);
         }
@@ -149,6 +166,11 @@ FUSERL_INLINE Sums row_sums(const T* row, std::int64_t size, double temperature,
 
 FUSERL_INLINE double row_temperature(const Rows& rows, std::int64_t index) {
     return rows.temperatures ? rows.temperatures[index] : rows.temperature;
+}
+
+// log_softmax at a logit, from the row's maximum and the log of its weights.
+FUSERL_INLINE float logprob_of(double x, float maximum, double log_sum, double temperature) {
+    return static_cast<float>((x - maximum) / temperature - log_sum);
 }
 
 template <typename T, typename Cap>
@@ -172,7 +194,7 @@ void forward_rows(const Forward& task, std::int64_t first, std::int64_t last) {
             logprob = kNaN;
             if (token >= 0 && token < rows.vocab_size) {
                 const double x = cap(Simd::load_some(row + token, 1))[0];
-                logprob = static_cast<float>((x - maximum) / temperature - log_sum);
+                logprob = logprob_of(x, maximum, log_sum, temperature);
             }
         }
         task.logprobs[index] = logprob;

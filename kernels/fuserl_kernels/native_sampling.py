@@ -1,0 +1,44 @@
+"""sample_tokens on the CPU: float32, bf16 or fp16 rows in the compiled module."""
+
+import torch
+
+from fuserl_kernels import native
+from fuserl_kernels.token_logprobs import _native_dtype, _unit_stride
+
+
+def sample_native(
+    logits: torch.Tensor,  # [B, V]
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int,
+    request_ids: torch.Tensor,  # [B] int64
+    positions: torch.Tensor,  # [B] int64
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns token_ids int64, logprobs and truncated_logprobs float32 [B]."""
+    num_rows, vocab_size = logits.shape
+    logits = _unit_stride(logits)
+    request_ids, positions = request_ids.contiguous(), positions.contiguous()
+    token_ids = logits.new_empty(num_rows, dtype=torch.int64)
+    logprobs = logits.new_empty(num_rows, dtype=torch.float32)
+    truncated_logprobs = logits.new_empty(num_rows, dtype=torch.float32)
+    native.module().sample_tokens(
+        logits=logits.data_ptr(),
+        dtype=_native_dtype(logits),
+        num_rows=num_rows,
+        vocab_size=vocab_size,
+        row_stride=logits.stride(0),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        request_ids=request_ids.data_ptr(),
+        positions=positions.data_ptr(),
+        token_ids=token_ids.data_ptr(),
+        logprobs=logprobs.data_ptr(),
+        truncated_logprobs=truncated_logprobs.data_ptr(),
+        num_threads=torch.get_num_threads(),
+    )
+    return token_ids, logprobs, truncated_logprobs
