@@ -43,8 +43,8 @@ void sample_tokens(const Sampling& task, int num_threads);
 constexpr std::int64_t kSamplingLanes = 2048;  // lanes of the CDF: LANES of the definition
 constexpr std::int64_t kBins = 2048;           // of a histogram
 
-// How many entries of a row fall into each bin of a value, and their mass; one bin more for
-// entries without mass.
+// The mass of the entries in each bin, and where it is asked for their number; the last bin is for
+// those without mass.
 struct Histogram {
     double masses[kBins + 1];
     std::uint32_t counts[kBins + 1];
@@ -54,6 +54,7 @@ struct Histogram {
 struct SamplingScratch {
     alignas(64) float lanes[kSamplingLanes];  // the mass of each lane, in load_pair's order
     alignas(64) float weights[kSamplingLanes];
+    std::uint16_t list_bins[kSamplingLanes];
     Histogram of_row, of_list;
     // For a truncated row, with room for its columns; values also for the columns of a lane.
     std::uint16_t* bins;  // and for whole blocks of kSamplingLanes

@@ -7,6 +7,8 @@
 // threshold lies; the entries of that bin are binned again by the integers their values order as,
 // until one value is left. That takes three rounds at most, whatever the row holds.
 
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 again, in its own intrinsics
+
 using Ints = Vector<std::int32_t, Simd::kWidth>::type;
 
 constexpr std::int64_t kPair = 2 * Simd::kWidth;
@@ -269,7 +271,9 @@ constexpr double kNoMass = std::numeric_limits<double>::infinity();
 template <typename T>
 class Search {
    public:
-    Search(const Row<T>& row, SamplingScratch& scratch) : row_(row), scratch_(scratch) {
+    // `counts`: whether a goal will be one of counts.
+    Search(const Row<T>& row, bool counts, SamplingScratch& scratch)
+        : row_(row), counts_(counts), scratch_(scratch) {
         clear(scratch_.of_row);
         for (std::int64_t start = 0; start < row_.size(); start += kBlock) bin_block(start);
     }
@@ -324,11 +328,15 @@ class Search {
             std::memcpy(bins + column, &halves, sizeof halves);
             Simd::store(scratch_.weights + column, mass);
         }
-        Histogram& histogram = scratch_.of_row;
-        for (std::int64_t i = 0; i < count; ++i) {
+        fill(scratch_.of_row, bins, count);
+    }
+
+    // Add entries with these bins, and with the masses in scratch_.weights.
+    void fill(Histogram& histogram, const std::uint16_t* bins, std::int64_t count) const {
+        for (std::int64_t i = 0; i < count; ++i)
             histogram.masses[bins[i]] += scratch_.weights[i];
-            ++histogram.counts[bins[i]];
-        }
+        if (!counts_) return;
+        for (std::int64_t i = 0; i < count; ++i) ++histogram.counts[bins[i]];
     }
 
     // The bin in which the goal is reached; or, as sums of masses round, the last that holds
@@ -337,7 +345,7 @@ class Search {
         std::int64_t count = above_count_, found = 0;
         double mass = above_mass_;
         for (std::int64_t bin = 0; bin < kBins; ++bin) {
-            if (histogram.counts[bin] == 0) continue;
+            if (histogram.masses[bin] == 0.0) continue;
             found = bin;
             above_count_ = count;
             above_mass_ = mass;
@@ -398,11 +406,9 @@ class Search {
             for (std::int64_t i = 0; i < count; i += Simd::kWidth)
                 Simd::store(scratch_.weights + i,
                             row_.weight(Simd::load_some(values + i, count - i)));
-            for (std::int64_t i = 0; i < count; ++i) {
-                const std::int64_t bin = list_bin(start + i);
-                scratch_.of_list.masses[bin] += scratch_.weights[i];
-                ++scratch_.of_list.counts[bin];
-            }
+            for (std::int64_t i = 0; i < count; ++i)
+                scratch_.list_bins[i] = static_cast<std::uint16_t>(list_bin(start + i));
+            fill(scratch_.of_list, scratch_.list_bins, count);
         }
         return true;
     }
@@ -420,6 +426,7 @@ class Search {
     }
 
     const Row<T>& row_;
+    const bool counts_;
     SamplingScratch& scratch_;
     std::int64_t num_listed_ = 0;
     std::int64_t above_count_ = 0;
@@ -433,7 +440,7 @@ template <typename T>
 Kept truncate(const Sampling& task, const Row<T>& row, SamplingScratch& scratch) {
     Kept kept;
     if (task.limits_count() || task.limits_mass()) {
-        Search<T> search(row, scratch);
+        Search<T> search(row, task.limits_count(), scratch);
         double mass = 0.0;
         if (task.limits_count()) {
             const auto prefix = search.find({task.top_k, kNoMass});
@@ -446,7 +453,8 @@ Kept truncate(const Sampling& task, const Row<T>& row, SamplingScratch& scratch)
     }
     if (task.min_p > 0.0) {
         const double lowest = row.sums().maximum + task.temperature * std::log(task.min_p);
-        const float value = static_cast<float>(lowest);
+        float value = static_cast<float>(lowest);
+        if (value < lowest) value = std::nextafter(value, kInfinity);
         if (value > kept.value) kept = {value, static_cast<std::uint32_t>(row.size())};
     }
     return kept;
