@@ -42,12 +42,16 @@ void sample_tokens(const Sampling& task, int num_threads);
 
 constexpr std::int64_t kSamplingLanes = 2048;  // lanes of the CDF: LANES of the definition
 constexpr std::int64_t kBins = 2048;           // of a histogram
+constexpr int kCopies = 2;                     // of a histogram, which entries take in turn
 
 // The mass of the entries in each bin, and where it is asked for their number; the last bin is for
-// those without mass.
+// those without mass. Two copies, as adding to a bin waits for what was added to it just before.
 struct Histogram {
-    double masses[kBins + 1];
-    std::uint32_t counts[kBins + 1];
+    double masses[kCopies][kBins + 1];
+    std::uint32_t counts[kCopies][kBins + 1];
+
+    double mass(std::int64_t bin) const { return masses[0][bin] + masses[1][bin]; }
+    std::int64_t count(std::int64_t bin) const { return counts[0][bin] + counts[1][bin]; }
 };
 
 // What a thread needs for a row, kept from call to call.

@@ -280,7 +280,7 @@ class Search {
 
     double total_mass() const {
         double mass = 0.0;
-        for (std::int64_t bin = 0; bin < kBins; ++bin) mass += scratch_.of_row.masses[bin];
+        for (std::int64_t bin = 0; bin < kBins; ++bin) mass += scratch_.of_row.mass(bin);
         return mass;
     }
 
@@ -309,7 +309,10 @@ class Search {
     }
 
    private:
-    static void clear(Histogram& histogram) { std::memset(&histogram, 0, sizeof histogram); }
+    void clear(Histogram& histogram) const {
+        std::memset(histogram.masses, 0, sizeof histogram.masses);
+        if (counts_) std::memset(histogram.counts, 0, sizeof histogram.counts);
+    }
 
     // Count a block into bins that are linear in the distance to the maximum.
     void bin_block(std::int64_t start) {
@@ -334,9 +337,9 @@ class Search {
     // Add entries with these bins, and with the masses in scratch_.weights.
     void fill(Histogram& histogram, const std::uint16_t* bins, std::int64_t count) const {
         for (std::int64_t i = 0; i < count; ++i)
-            histogram.masses[bins[i]] += scratch_.weights[i];
+            histogram.masses[i % kCopies][bins[i]] += scratch_.weights[i];
         if (!counts_) return;
-        for (std::int64_t i = 0; i < count; ++i) ++histogram.counts[bins[i]];
+        for (std::int64_t i = 0; i < count; ++i) ++histogram.counts[i % kCopies][bins[i]];
     }
 
     // The bin in which the goal is reached; or, as sums of masses round, the last that holds
@@ -345,12 +348,13 @@ class Search {
         std::int64_t count = above_count_, found = 0;
         double mass = above_mass_;
         for (std::int64_t bin = 0; bin < kBins; ++bin) {
-            if (histogram.masses[bin] == 0.0) continue;
+            const double bin_mass = histogram.mass(bin);
+            if (bin_mass == 0.0) continue;
             found = bin;
             above_count_ = count;
             above_mass_ = mass;
-            count += histogram.counts[bin];
-            mass += histogram.masses[bin];
+            if (counts_) count += histogram.count(bin);
+            mass += bin_mass;
             if (goal.reached(count, mass)) break;
         }
         return found;

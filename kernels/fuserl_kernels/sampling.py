@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from fuserl_kernels import checks
+from fuserl_kernels import backend, checks
 from fuserl_kernels.native_sampling import sample_native
 from fuserl_kernels.reference.sampling import sample_tokens_fwd
 from fuserl_kernels.reference.sequences import compute_dtype
 from fuserl_kernels.registration import register
 from fuserl_kernels.token_logprobs import FORWARD as ROW_FORWARD
 
-FORWARD = {
+FORWARD: backend.Table = {
     "reference": functools.partial(sample_tokens_fwd, ROW_FORWARD["reference"]),
     "native": sample_native,
 }
