@@ -226,7 +226,6 @@ class Row {
 
     const T* logits() const { return logits_; }
     std::int64_t size() const { return size_; }
-    double temperature() const { return temperature_; }
     const Simd::Scale& scale() const { return scale_; }
 
    private:
