@@ -335,10 +335,19 @@ class Search {
 
     // Add entries with these bins, and with the masses in scratch_.weights.
     void fill(Histogram& histogram, const std::uint16_t* bins, std::int64_t count) const {
-        for (std::int64_t i = 0; i < count; ++i)
+        if (counts_)
+            fill<true>(histogram, bins, count);
+        else
+            fill<false>(histogram, bins, count);
+    }
+
+    template <bool kCounts>
+    FUSERL_INLINE void fill(Histogram& histogram, const std::uint16_t* bins,
+                            std::int64_t count) const {
+        for (std::int64_t i = 0; i < count; ++i) {
             histogram.masses[i % kCopies][bins[i]] += scratch_.weights[i];
-        if (!counts_) return;
-        for (std::int64_t i = 0; i < count; ++i) ++histogram.counts[i % kCopies][bins[i]];
+            if (kCounts) ++histogram.counts[i % kCopies][bins[i]];
+        }
     }
 
     // The bin in which the goal is reached; or, as sums of masses round, the last that holds
