@@ -9,11 +9,12 @@ import torch
 
 from fuserl_kernels import checks
 from fuserl_kernels.loss_gradients import fake_loss
+from fuserl_kernels.native_losses import pairwise_loss_native
 from fuserl_kernels.reference.pairwise import METRICS, pairwise_loss_fwd
 from fuserl_kernels.registration import register
 from fuserl_kernels.scalars import scalar_tensor
 
-FORWARD = {"reference": pairwise_loss_fwd}
+FORWARD = {"reference": pairwise_loss_fwd, "native": pairwise_loss_native}
 
 
 def _fake(

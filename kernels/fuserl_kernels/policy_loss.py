@@ -10,6 +10,7 @@ import torch
 
 from fuserl_kernels import checks
 from fuserl_kernels.loss_gradients import fake_gradient, fake_loss, save_gradients, scaled_gradients
+from fuserl_kernels.native_losses import policy_loss_native
 from fuserl_kernels.policy_options import (
     CORRECTION_SCHEMA,
     OPTIONS_SCHEMA,
@@ -32,7 +33,7 @@ from fuserl_kernels.reference.policy import (
 from fuserl_kernels.registration import register
 from fuserl_kernels.scalars import constant_like, denominator_tensor
 
-FORWARD = {"reference": policy_loss_fwd}
+FORWARD = {"reference": policy_loss_fwd, "native": policy_loss_native}
 
 _NUM_INPUTS = 9 + len(PolicyOptions._fields) + len(CorrectionOptions._fields) + 1
 

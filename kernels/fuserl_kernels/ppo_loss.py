@@ -6,6 +6,7 @@ import torch
 
 from fuserl_kernels import checks
 from fuserl_kernels.loss_gradients import fake_gradient, fake_loss, save_gradients, scaled_gradients
+from fuserl_kernels.native_losses import ppo_loss_native
 from fuserl_kernels.policy_options import (
     CORRECTION_SCHEMA,
     OPTIONS_SCHEMA,
@@ -26,7 +27,7 @@ from fuserl_kernels.registration import register
 from fuserl_kernels.scalars import constant_like, denominator_tensor
 from fuserl_kernels.value_loss import checked_clip_range
 
-FORWARD = {"reference": ppo_loss_fwd}
+FORWARD = {"reference": ppo_loss_fwd, "native": ppo_loss_native}
 
 _NEW_VALUES, _CU_SEQLENS, _ENTROPY = 3, 12, 14  # positions in the schema
 _NUM_INPUTS = 16 + len(PolicyOptions._fields) + len(CorrectionOptions._fields) + 1

@@ -10,11 +10,12 @@ import torch
 
 from fuserl_kernels import checks
 from fuserl_kernels.loss_gradients import fake_gradient, fake_loss, save_gradients, scaled_gradients
+from fuserl_kernels.native_losses import value_loss_native
 from fuserl_kernels.reference.value import METRICS, value_loss_fwd
 from fuserl_kernels.registration import register
 from fuserl_kernels.scalars import denominator_tensor
 
-FORWARD = {"reference": value_loss_fwd}
+FORWARD = {"reference": value_loss_fwd, "native": value_loss_native}
 
 
 def _fake(new_values: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
