@@ -67,9 +67,11 @@ ValueLoss value_of(Address new_values, Address values, Address returns, Address 
 }
 
 void losses(const PolicyLoss* policy, const ValueLoss* value, Size num_tokens, Size num_sequences,
-            Address cu_seqlens, Address loss, Address metrics, Address scales, int num_threads) {
+            Address cu_seqlens, bool scale_gradients, Address loss, Address metrics, Address scales,
+            int num_threads) {
     fuserl::policy_and_value_losses(
-        {policy, value, num_tokens, num_sequences, at<const std::int64_t>(cu_seqlens)},
+        {policy, value, num_tokens, num_sequences, at<const std::int64_t>(cu_seqlens),
+         scale_gradients},
         at<float>(loss), at<float>(metrics), at<float>(scales), num_threads);
 }
 
@@ -127,8 +129,8 @@ void bind_losses(py::module_& module) {
         .def(py::init(&value_of), py::kw_only(), "new_values"_a, "values"_a, "returns"_a,
              "loss_mask"_a, "clip_range"_a, "coef"_a, "denominator"_a, "grad_values"_a);
     module.def("policy_and_value_losses", &losses, py::kw_only(), "policy"_a, "value"_a,
-               "num_tokens"_a, "num_sequences"_a, "cu_seqlens"_a, "loss"_a, "metrics"_a,
-               "scales"_a, "num_threads"_a, Unlocked());
+               "num_tokens"_a, "num_sequences"_a, "cu_seqlens"_a, "scale_gradients"_a, "loss"_a,
+               "metrics"_a, "scales"_a, "num_threads"_a, Unlocked());
     module.def("pairwise_loss", &pairwise, py::kw_only(), "chosen"_a, "rejected"_a, "margin"_a,
                "shared_margin"_a, "center_coef"_a, "num_pairs"_a, "loss"_a, "metrics"_a,
                "grad_chosen"_a, "grad_rejected"_a, Unlocked());

@@ -116,8 +116,9 @@ FUSERL_INLINE void policy_run(const PolicyLoss& task, const Surrogate& surrogate
     const bool spreads = !kPlain && task.spreads_gradient();
     const float log_ratio_clip = static_cast<float>(task.log_ratio_clip);
     const float kl_clip = static_cast<float>(task.kl_clip);
-    const float kl_weight = static_cast<float>(task.kl_coef) * sequence.weight;
-    const float entropy_weight = -static_cast<float>(task.entropy_coef) * sequence.weight;
+    const float weight = kPlain ? task.gradient_scale : sequence.weight * task.gradient_scale;
+    const float kl_weight = static_cast<float>(task.kl_coef) * weight;
+    const float entropy_weight = -static_cast<float>(task.entropy_coef) * weight;
     Floats term{}, squares{}, kl{}, entropy{}, correction{}, slope{};
     Words trained{}, clipped{}, corrected{};
     MomentSums excess;
@@ -157,13 +158,12 @@ FUSERL_INLINE void policy_run(const PolicyLoss& task, const Surrogate& surrogate
         clipped += result.clipped;
         squares += token_log_ratio * token_log_ratio;
         excess.add(ratio - 1.0f);
-        Floats gradient = result.slope;
+        Floats gradient = weight * result.slope;
         if (!kPlain) {
             if (spreads) {
-                slope += gradient;
+                slope += result.slope;
                 gradient = Floats{};
             }
-            gradient = gradient * sequence.weight;
             if (task.ref_logprobs) {
                 const Floats ref = load_trained(task.ref_logprobs + token, mask, count);
                 const Divergence from = divergence(new_logprobs - ref, task.kl_estimator, kl_clip);
@@ -221,7 +221,7 @@ void policy_tokens(const PolicyLoss& task, const Sequence& sequence, Range token
     }
     if (!kPlain && task.grad_logprobs && task.spreads_gradient()) {
         const double share = task.ratio_level == Level::kSequenceMean ? own.tokens : 1.0;
-        const double total = own.slope * sequence.weight;
+        const double total = own.slope * sequence.weight * task.gradient_scale;
         spread_gradient(task, tokens, static_cast<float>(own.tokens > 0.0 ? total / share : 0.0));
     }
     double objective = own.term;
@@ -279,7 +279,7 @@ FUSERL_INLINE void value_run(const ValueLoss& task, std::int64_t first, std::int
             errors.add(error);
             if (task.grad_values) {
                 const Floats slope = zero_where(worse & Words(bounded != value), worst);
-                Simd::store_some(task.grad_values + token, slope, count);
+                Simd::store_some(task.grad_values + token, task.gradient_scale * slope, count);
             }
         },
         [&](std::int64_t token) FUSERL_LAMBDA {

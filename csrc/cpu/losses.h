@@ -42,9 +42,9 @@ struct PolicyLoss {
     Correction correction;
     Level correction_level;
     double correction_low, correction_high;
-    // Still to be multiplied by 1 / denominator; or null.
-    float* grad_logprobs;
-    float* grad_entropy;
+    float* grad_logprobs;  // or null
+    float* grad_entropy;   // or null
+    float gradient_scale = 1.0f;
 
     // The gradient goes through the ratio of the whole sequence.
     bool spreads_gradient() const {
@@ -71,7 +71,8 @@ struct ValueLoss {
     double clip_range;  // infinite for none
     double coef;        // of this loss in the total
     std::optional<double> denominator;
-    float* grad_values;  // still to be multiplied by coef / denominator; or null
+    float* grad_values;  // or null
+    float gradient_scale = 1.0f;
 };
 
 struct Range {
@@ -85,6 +86,9 @@ struct Losses {
     std::int64_t num_tokens;
     std::int64_t num_sequences;      // 0 where nobody asks
     const std::int64_t* cu_seqlens;  // [num_sequences + 1], or null for sequences of one length
+    // Multiply the gradients by their scales, and say 1 instead. It takes a look at the masks before
+    // the walk, and spares backward a walk over the gradients.
+    bool scale_gradients;
 
     static constexpr std::int64_t kItemTokens = 4096;  // about; sequences stay whole
 
@@ -149,7 +153,8 @@ struct LossSums {
 };
 
 // Writes loss [1]; metrics, the policy's ten and the value's four, in the order of METRICS; and
-// scales, the policy's 1 / denominator and the value's coef / denominator.
+// scales, the policy's 1 / denominator and the value's coef / denominator: what the gradients are
+// still to be multiplied by.
 void policy_and_value_losses(const Losses& losses, float* loss, float* metrics, float* scales,
                              int num_threads);
 

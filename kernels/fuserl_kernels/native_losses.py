@@ -2,7 +2,8 @@
 
 Each takes the arguments of its reference function and returns the same shapes and dtypes. Inputs
 are read as contiguous float32 (bf16 and fp16 are converted first); gradients go back to the dtype
-of their input.
+of their input, and are multiplied by their scales already, which are 1 then: not those of float16,
+where a gradient divided by a million tokens is no normal number.
 """
 
 from typing import Any
@@ -12,8 +13,19 @@ import torch
 from fuserl_kernels import native
 from fuserl_kernels.reference.pairwise import METRICS as PAIRWISE_METRICS
 from fuserl_kernels.reference.policy import METRICS as POLICY_METRICS
+from fuserl_kernels.reference.policy import split_choices
 from fuserl_kernels.reference.sequences import compute_dtype
 from fuserl_kernels.reference.value import METRICS as VALUE_METRICS
+
+# Options that are words, and the module's enumeration of each.
+_ENUMERATIONS = {
+    "ratio_level": "Level",
+    "clip": "Clip",
+    "aggregation": "Aggregation",
+    "kl_estimator": "Estimator",
+    "correction": "Correction",
+    "correction_level": "Level",
+}
 
 
 def _floats(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -26,6 +38,12 @@ def _address(tensor: torch.Tensor | None) -> int:
 
 def _number(denominator: torch.Tensor | None) -> float | None:
     return None if denominator is None else float(denominator)
+
+
+def _empty_gradient(tensor: torch.Tensor | None, wanted: bool) -> torch.Tensor | None:
+    if tensor is None or not wanted:
+        return None
+    return torch.empty(tensor.shape, dtype=torch.float32)
 
 
 class _Policy:
@@ -42,41 +60,18 @@ class _Policy:
         ref_logprobs: torch.Tensor | None,
         entropy: torch.Tensor | None,
         rollout_logprobs: torch.Tensor | None,
-        ratio_level: str,
-        clip: str,
-        clip_low: float,
-        clip_high: float,
-        dual_clip: float,
-        gate_pos: float,
-        gate_neg: float,
-        gate_rate_pos: float,
-        gate_rate_neg: float,
-        log_ratio_clip: float,
-        aggregation: str,
-        kl_coef: float,
-        kl_estimator: str,
-        kl_clip: float,
-        entropy_coef: float,
-        correction: str,
-        correction_level: str,
-        correction_low: float,
-        correction_high: float,
-        needs_grad: bool,
+        *choices: Any,
     ) -> None:
         module = native.module()
+        options, corrections, needs_grad = split_choices(choices)
         if advantages.dim() == 2 and advantages.stride(1) == 0 and advantages.shape[1] > 0:
-            advantages = advantages[:, 0]  # a number of each sequence, expanded
-        if correction == "none":
+            advantages = advantages[:, 0]  # one for each sequence, expanded
+        if corrections.correction == "none":
             rollout_logprobs = None
         self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.long().contiguous()
         self.num_sequences = _num_sequences(loss_mask, cu_seqlens)
         self.new_logprobs, self.entropy = new_logprobs, entropy
-        self.grad_logprobs = self.grad_entropy = None
-        if needs_grad:
-            self.grad_logprobs = torch.empty(new_logprobs.shape, dtype=torch.float32)
-            if entropy is not None:
-                self.grad_entropy = torch.empty(entropy.shape, dtype=torch.float32)
-        tensors = {
+        self.tensors = {
             "new_logprobs": _floats(new_logprobs),
             "logprobs": _floats(logprobs),
             "advantages": _floats(advantages),
@@ -84,40 +79,28 @@ class _Policy:
             "ref_logprobs": _floats(ref_logprobs),
             "entropy": _floats(entropy),
             "rollout_logprobs": _floats(rollout_logprobs),
-            "grad_logprobs": self.grad_logprobs,
-            "grad_entropy": self.grad_entropy,
+            "grad_logprobs": _empty_gradient(new_logprobs, needs_grad),
+            "grad_entropy": _empty_gradient(entropy, needs_grad),
         }
-        self.tensors = tensors
+        chosen = options._asdict() | corrections._asdict()
+        for name, kind in _ENUMERATIONS.items():
+            chosen[name] = getattr(getattr(module, kind), chosen[name])
         self.task = module.PolicyLoss(
-            **{name: _address(tensor) for name, tensor in tensors.items()},
+            **{name: _address(tensor) for name, tensor in self.tensors.items()},
             sequence_advantages=advantages.shape != loss_mask.shape,
             denominator=_number(denominator),
-            ratio_level=getattr(module.Level, ratio_level),
-            clip=getattr(module.Clip, clip),
-            clip_low=clip_low,
-            clip_high=clip_high,
-            dual_clip=dual_clip,
-            gate_pos=gate_pos,
-            gate_neg=gate_neg,
-            gate_rate_pos=gate_rate_pos,
-            gate_rate_neg=gate_rate_neg,
-            log_ratio_clip=log_ratio_clip,
-            aggregation=getattr(module.Aggregation, aggregation),
-            kl_coef=kl_coef,
-            kl_estimator=getattr(module.Estimator, kl_estimator),
-            kl_clip=kl_clip,
-            entropy_coef=entropy_coef,
-            correction=getattr(module.Correction, correction),
-            correction_level=getattr(module.Level, correction_level),
-            correction_low=correction_low,
-            correction_high=correction_high,
+            **chosen,
         )
+
+    def has_float16(self) -> bool:
+        sources = (self.new_logprobs, self.entropy)
+        return any(tensor is not None and tensor.dtype == torch.float16 for tensor in sources)
 
     def gradients(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Of new_logprobs and entropy, in their dtypes; [0] where not wanted."""
         return (
-            _gradient(self.grad_logprobs, self.new_logprobs, self.new_logprobs),
-            _gradient(self.grad_entropy, self.entropy, self.new_logprobs),
+            _gradient(self.tensors["grad_logprobs"], self.new_logprobs, self.new_logprobs),
+            _gradient(self.tensors["grad_entropy"], self.entropy, self.new_logprobs),
         )
 
 
@@ -136,15 +119,12 @@ class _Value:
         needs_grad: bool,
     ) -> None:
         self.new_values = new_values
-        self.grad_values = None
-        if needs_grad:
-            self.grad_values = torch.empty(new_values.shape, dtype=torch.float32)
         self.tensors = {
             "new_values": _floats(new_values),
             "values": _floats(values),
             "returns": _floats(returns),
             "loss_mask": loss_mask.contiguous(),
-            "grad_values": self.grad_values,
+            "grad_values": _empty_gradient(new_values, needs_grad),
         }
         self.task = native.module().ValueLoss(
             **{name: _address(tensor) for name, tensor in self.tensors.items()},
@@ -153,8 +133,11 @@ class _Value:
             denominator=_number(denominator),
         )
 
+    def has_float16(self) -> bool:
+        return self.new_values.dtype == torch.float16
+
     def gradient(self) -> torch.Tensor:
-        return _gradient(self.grad_values, self.new_values, self.new_values)
+        return _gradient(self.tensors["grad_values"], self.new_values, self.new_values)
 
 
 def _gradient(
@@ -185,6 +168,7 @@ def _run(
         num_tokens=num_tokens,
         num_sequences=policy.num_sequences if policy else 0,
         cu_seqlens=_address(policy.cu_seqlens) if policy else 0,
+        scale_gradients=not any(part.has_float16() for part in (policy, value) if part),
         loss=loss.data_ptr(),
         metrics=metrics.data_ptr(),
         scales=scales.data_ptr(),
