@@ -18,7 +18,7 @@ enum class Aggregation { kTokenMean, kSequenceMean, kSequenceSum };
 enum class Estimator { kK1, kK2, kK3, kAbs };
 enum class Correction { kNone, kTruncate, kMask, kReject };
 
-// Numbers where 0 stands for none have it so in the reference, too.
+// The options are the reference's: 0 stands for none in dual_clip, log_ratio_clip and kl_clip.
 struct PolicyLoss {
     const float* new_logprobs;
     const float* logprobs;
@@ -86,8 +86,8 @@ struct Losses {
     std::int64_t num_tokens;
     std::int64_t num_sequences;      // 0 where nobody asks
     const std::int64_t* cu_seqlens;  // [num_sequences + 1], or null for sequences of one length
-    // Multiply the gradients by their scales, and say 1 instead. It takes a look at the masks before
-    // the walk, and spares backward a walk over the gradients.
+    // Multiply the gradients by their scales, which are 1 then. It takes a look at the masks before
+    // the walk, and can spare backward a walk over the gradients.
     bool scale_gradients;
 
     static constexpr std::int64_t kItemTokens = 4096;  // about; sequences stay whole
