@@ -37,7 +37,16 @@ def scaled_gradients(
     scales, *gradients = ctx.saved_tensors
     factors = (scales * grad_loss).unbind()
     return tuple(
-        # A 0-d factor is a number to type promotion: the product keeps the gradient's dtype.
-        gradient * factors[scale] if made else None
+        _multiplied(gradient, factors[scale]) if made else None
         for gradient, made, scale in zip(gradients, ctx.made, scale_of, strict=True)
     )
+
+
+def _multiplied(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """gradient * factor, or the gradient itself where a number on the CPU is seen to be 1: with
+    native gradients, which are multiplied by 1 / denominator already, that saves a walk over them
+    and their copy. Other types of tensor stand for values not known yet (torch.compile tracing)."""
+    if type(factor) is torch.Tensor and factor.device.type == "cpu" and factor == 1:
+        return gradient
+    # A 0-d factor is a number to type promotion: the product keeps the gradient's dtype.
+    return gradient * factor
