@@ -12,7 +12,7 @@ namespace {
 using fuserl::Aggregation;
 using fuserl::Clip;
 using fuserl::Correction;
-using fuserl::Estimator;
+using fuserl::KlEstimator;
 using fuserl::Level;
 using fuserl::PolicyLoss;
 using fuserl::ValueLoss;
@@ -24,7 +24,7 @@ PolicyLoss policy_of(Address new_logprobs, Address logprobs, Address advantages,
                      Level ratio_level, Clip clip, double clip_low, double clip_high,
                      double dual_clip, double gate_pos, double gate_neg, double gate_rate_pos,
                      double gate_rate_neg, double log_ratio_clip, Aggregation aggregation,
-                     double kl_coef, Estimator kl_estimator, double kl_clip, double entropy_coef,
+                     double kl_coef, KlEstimator kl_estimator, float kl_clip, double entropy_coef,
                      Correction correction, Level correction_level, double correction_low,
                      double correction_high, Address grad_logprobs, Address grad_entropy) {
     return {at<const float>(new_logprobs),
@@ -48,8 +48,7 @@ PolicyLoss policy_of(Address new_logprobs, Address logprobs, Address advantages,
             log_ratio_clip,
             aggregation,
             kl_coef,
-            kl_estimator,
-            kl_clip,
+            {kl_estimator, kl_clip},
             entropy_coef,
             correction,
             correction_level,
@@ -101,11 +100,11 @@ void bind_options(py::module_& module) {
         .value("token_mean", Aggregation::kTokenMean)
         .value("sequence_mean", Aggregation::kSequenceMean)
         .value("sequence_sum", Aggregation::kSequenceSum);
-    py::enum_<Estimator>(module, "Estimator")
-        .value("k1", Estimator::kK1)
-        .value("k2", Estimator::kK2)
-        .value("k3", Estimator::kK3)
-        .value("abs", Estimator::kAbs);
+    py::enum_<KlEstimator>(module, "KlEstimator")
+        .value("k1", KlEstimator::kK1)
+        .value("k2", KlEstimator::kK2)
+        .value("k3", KlEstimator::kK3)
+        .value("abs", KlEstimator::kAbs);
     py::enum_<Correction>(module, "Correction")
         .value("none", Correction::kNone)
         .value("truncate", Correction::kTruncate)

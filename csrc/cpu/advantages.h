@@ -8,15 +8,11 @@
 
 #include <cstdint>
 
+#include "kl_options.h"
+
 namespace fuserl {
 
-enum class KlEstimator { kK1, kK2, kK3, kAbs };
 enum class MissingEos { kNone, kReplace, kSubtract };
-
-struct KlOptions {
-    KlEstimator estimator;
-    float clip;  // 0 for none
-};
 
 struct KlPenalty {
     const float* logprobs;  // [size], and so are all others

@@ -10,6 +10,7 @@ namespace {
 using Simd = GenericSimd<8>;
 #include "row_kernels.h"
 #include "simd_math.h"
+#include "kl_terms.h"
 #include "advantage_kernels.h"
 #include "loss_kernels.h"
 #include "sampling_kernels.h"

@@ -119,6 +119,7 @@ struct Simd : GenericSimd<16> {
 
 #include "row_kernels.h"
 #include "simd_math.h"
+#include "kl_terms.h"
 #include "advantage_kernels.h"
 #include "loss_kernels.h"
 #include "sampling_kernels.h"

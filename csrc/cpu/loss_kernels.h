@@ -115,7 +115,6 @@ FUSERL_INLINE void policy_run(const PolicyLoss& task, const Surrogate& surrogate
                               PolicySums& sums) {
     const bool spreads = !kPlain && task.spreads_gradient();
     const float log_ratio_clip = static_cast<float>(task.log_ratio_clip);
-    const float kl_clip = static_cast<float>(task.kl_clip);
     const float weight = kPlain ? task.gradient_scale : sequence.weight * task.gradient_scale;
     const float kl_weight = static_cast<float>(task.kl_coef) * weight;
     const float entropy_weight = -static_cast<float>(task.entropy_coef) * weight;
@@ -166,9 +165,10 @@ FUSERL_INLINE void policy_run(const PolicyLoss& task, const Surrogate& surrogate
             }
             if (task.ref_logprobs) {
                 const Floats ref = load_trained(task.ref_logprobs + token, mask, count);
-                const Divergence from = divergence(new_logprobs - ref, task.kl_estimator, kl_clip);
-                kl += from.estimate;
-                if (kl_weight != 0.0f) gradient = masked(gradient + kl_weight * from.slope, mask);
+                const Floats d = new_logprobs - ref;
+                kl += kl_estimate(d, task.kl);
+                if (kl_weight != 0.0f)
+                    gradient = masked(gradient + kl_weight * kl_slope(d, task.kl), mask);
             }
             if (task.entropy) entropy += load_trained(task.entropy + token, mask, count);
             if (task.grad_entropy)

@@ -10,15 +10,16 @@
 #include <cstdint>
 #include <optional>
 
+#include "kl_options.h"
+
 namespace fuserl {
 
 enum class Level { kToken, kSequenceSum, kSequenceMean, kSequenceMeanToken };
 enum class Clip { kPpo, kCispo, kSapo, kVespo, kNone };
 enum class Aggregation { kTokenMean, kSequenceMean, kSequenceSum };
-enum class Estimator { kK1, kK2, kK3, kAbs };
 enum class Correction { kNone, kTruncate, kMask, kReject };
 
-// The options are the reference's: 0 stands for none in dual_clip, log_ratio_clip and kl_clip.
+// The options are the reference's: 0 stands for none in dual_clip and log_ratio_clip.
 struct PolicyLoss {
     const float* new_logprobs;
     const float* logprobs;
@@ -36,8 +37,7 @@ struct PolicyLoss {
     double log_ratio_clip;
     Aggregation aggregation;
     double kl_coef;
-    Estimator kl_estimator;
-    double kl_clip;
+    KlOptions kl;
     double entropy_coef;
     Correction correction;
     Level correction_level;

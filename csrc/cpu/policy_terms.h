@@ -1,6 +1,6 @@
-// What the policy loss makes of vectors of tokens: the surrogate's terms, the KL estimate, the
-// correction. Selections keep NaN: a comparison with one is false, so the selected value is the one
-// that may hold it. Included by loss_kernels.h.
+// What the policy loss makes of vectors of tokens: the surrogate's terms and the correction.
+// Selections keep NaN: a comparison with one is false, so the selected value is the one that may
+// hold it. Included by loss_kernels.h.
 
 constexpr float kMaxLogRatio = 40.0f;  // MAX_LOG_RATIO of reference/policy.py
 
@@ -118,29 +118,6 @@ struct NoClip {
         return {-unclipped, -unclipped, Words{}};
     }
 };
-
-struct Divergence {
-    Floats estimate, slope;
-};
-
-// Of d = logprob - ref_logprob.
-FUSERL_INLINE Divergence divergence(Floats d, Estimator estimator, float clip) {
-    Divergence kl{d, Simd::splat(1.0f)};
-    if (estimator == Estimator::kK2) kl = {0.5f * d * d, d};
-    if (estimator == Estimator::kK3) {
-        const Floats growth = exponential_minus_one(-d);
-        kl = {growth + d, -growth};
-    }
-    if (estimator == Estimator::kAbs) {
-        const Floats sign = d < 0.0f ? Simd::splat(-1.0f) : Simd::splat(1.0f);
-        kl = {sign * d, d > 0.0f ? sign : (d < 0.0f ? sign : d)};
-    }
-    if (clip != 0.0f) {
-        const Words held = Words(kl.estimate > clip) | Words(kl.estimate < -clip);
-        kl = {clamped(kl.estimate, -clip, clip), zero_where(held, kl.slope)};
-    }
-    return kl;
-}
 
 struct Corrections {
     Floats factor;

@@ -4,6 +4,8 @@ import functools
 import importlib
 from typing import Any
 
+import torch
+
 
 @functools.cache
 def _load() -> tuple[Any, str | None]:
@@ -27,6 +29,16 @@ def module() -> Any:
     if reason is not None:
         raise RuntimeError(reason)
     return loaded
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """Where a tensor's memory starts; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def dtype(tensor: torch.Tensor) -> Any:
+    """The module's name for the dtype of a float32, bf16 or fp16 tensor."""
+    return getattr(module().Dtype, str(tensor.dtype).removeprefix("torch."))
 
 
 def describe() -> str:

@@ -27,10 +27,6 @@ def _like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=torch.float32)
 
 
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def kl_penalty_fwd(
     logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str, kl_clip: float
 ) -> torch.Tensor:
@@ -105,7 +101,7 @@ class _Shaping:
             logprobs=logprobs.data_ptr(),
             ref_logprobs=ref_logprobs.data_ptr(),
             loss_mask=self.loss_mask.data_ptr(),
-            has_eos=_address(has_eos),
+            has_eos=native.address(has_eos),
             num_rows=num_rows,
             num_slots=num_slots,
             estimator=estimator,
@@ -148,17 +144,17 @@ def _scan(
         num_rows, num_slots = cu_seqlens.shape[0] - 1, 0
     native.module().gae(
         rewards=rewards.data_ptr(),
-        values=_address(values),
+        values=native.address(values),
         loss_mask=loss_mask.data_ptr(),
         value_mask=value_mask.data_ptr(),
         num_rows=num_rows,
         num_slots=num_slots,
-        starts=_address(cu_seqlens),
+        starts=native.address(cu_seqlens),
         gamma=gamma,
         gae_lambda=gae_lambda,
         carry=masked == "carry",
         advantages=advantages.data_ptr(),
-        returns=_address(returns),
+        returns=native.address(returns),
         num_threads=torch.get_num_threads(),
     )
     return advantages
@@ -223,7 +219,7 @@ def masked_whiten_fwd(
         x=x.data_ptr(),
         mask=mask.data_ptr(),
         size=x.numel(),
-        moments=_address(moments),
+        moments=native.address(moments),
         num_parts=0 if moments is None else moments.shape[0],
         shift_mean=shift_mean,
         unbiased=unbiased,

@@ -22,7 +22,7 @@ _ENUMERATIONS = {
     "ratio_level": "Level",
     "clip": "Clip",
     "aggregation": "Aggregation",
-    "kl_estimator": "Estimator",
+    "kl_estimator": "KlEstimator",
     "correction": "Correction",
     "correction_level": "Level",
 }
@@ -30,10 +30,6 @@ _ENUMERATIONS = {
 
 def _floats(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.float().contiguous()
-
-
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _number(denominator: torch.Tensor | None) -> float | None:
@@ -86,7 +82,7 @@ class _Policy:
         for name, kind in _ENUMERATIONS.items():
             chosen[name] = getattr(getattr(module, kind), chosen[name])
         self.task = module.PolicyLoss(
-            **{name: _address(tensor) for name, tensor in self.tensors.items()},
+            **{name: native.address(tensor) for name, tensor in self.tensors.items()},
             sequence_advantages=advantages.shape != loss_mask.shape,
             denominator=_number(denominator),
             **chosen,
@@ -127,7 +123,7 @@ class _Value:
             "grad_values": _empty_gradient(new_values, needs_grad),
         }
         self.task = native.module().ValueLoss(
-            **{name: _address(tensor) for name, tensor in self.tensors.items()},
+            **{name: native.address(tensor) for name, tensor in self.tensors.items()},
             clip_range=clip_range,
             coef=coef,
             denominator=_number(denominator),
@@ -167,7 +163,7 @@ def _run(
         value=value.task if value else None,
         num_tokens=num_tokens,
         num_sequences=policy.num_sequences if policy else 0,
-        cu_seqlens=_address(policy.cu_seqlens) if policy else 0,
+        cu_seqlens=native.address(policy.cu_seqlens) if policy else 0,
         scale_gradients=not any(part.has_float16() for part in (policy, value) if part),
         loss=loss.data_ptr(),
         metrics=metrics.data_ptr(),
@@ -243,7 +239,7 @@ def pairwise_loss_native(
     native.module().pairwise_loss(
         chosen=chosen.data_ptr(),
         rejected=rejected.data_ptr(),
-        margin=_address(margins),
+        margin=native.address(margins),
         shared_margin=margins is not None and margins.dim() == 0,
         center_coef=center_coef,
         num_pairs=chosen.shape[0],

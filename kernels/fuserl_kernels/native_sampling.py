@@ -3,7 +3,7 @@
 import torch
 
 from fuserl_kernels import native
-from fuserl_kernels.token_logprobs import _native_dtype, _unit_stride
+from fuserl_kernels.token_logprobs import _unit_stride
 
 
 def sample_native(
@@ -25,7 +25,7 @@ def sample_native(
     truncated_logprobs = logits.new_empty(num_rows, dtype=torch.float32)
     native.module().sample_tokens(
         logits=logits.data_ptr(),
-        dtype=_native_dtype(logits),
+        dtype=native.dtype(logits),
         num_rows=num_rows,
         vocab_size=vocab_size,
         row_stride=logits.stride(0),

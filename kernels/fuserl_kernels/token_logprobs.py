@@ -221,10 +221,6 @@ def backward_triton(
 # --- native: rows of float32, bf16 or fp16 on the CPU
 
 
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _unit_stride(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
@@ -235,10 +231,6 @@ def _row_floats(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 def _row_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
     return None if mask is None else mask.contiguous()
-
-
-def _native_dtype(tensor: torch.Tensor) -> Any:
-    return getattr(native.module().Dtype, str(tensor.dtype).removeprefix("torch."))
 
 
 def forward_native(
@@ -259,15 +251,15 @@ def forward_native(
     stats = logits.new_empty(2, num_rows, dtype=torch.float32)
     native.module().token_logprobs_forward(
         logits=logits.data_ptr(),
-        dtype=_native_dtype(logits),
+        dtype=native.dtype(logits),
         num_rows=num_rows,
         vocab_size=vocab_size,
         row_stride=logits.stride(0),
         token_ids=token_ids.data_ptr(),
-        temperatures=_address(temperatures),
+        temperatures=native.address(temperatures),
         temperature=temperature,
         softcap=softcap,
-        loss_mask=_address(loss_mask),
+        loss_mask=native.address(loss_mask),
         logprobs=logprobs.data_ptr(),
         entropy=entropy.data_ptr() if return_entropy else 0,
         stats=stats.data_ptr(),
@@ -317,21 +309,21 @@ def backward_native(
         out = torch.empty(num_rows, vocab_size, dtype=logits.dtype)
     native.module().token_logprobs_backward(
         logits=logits.data_ptr(),
-        dtype=_native_dtype(logits),
+        dtype=native.dtype(logits),
         num_rows=num_rows,
         vocab_size=vocab_size,
         row_stride=logits.stride(0),
         token_ids=token_ids.data_ptr(),
-        temperatures=_address(temperatures),
+        temperatures=native.address(temperatures),
         temperature=temperature,
         softcap=softcap,
-        loss_mask=_address(loss_mask),
+        loss_mask=native.address(loss_mask),
         stats=stats.data_ptr(),
         entropy=entropy.data_ptr() if grad_entropy is not None else 0,
         grad_logprobs=grad_logprobs.data_ptr(),
-        grad_entropy=_address(grad_entropy),
+        grad_entropy=native.address(grad_entropy),
         out=out.data_ptr(),
-        out_dtype=_native_dtype(out),
+        out_dtype=native.dtype(out),
         out_stride=out.stride(0),
         out_is_new=out_is_new,
         num_threads=torch.get_num_threads(),
