@@ -17,14 +17,22 @@ from fuserl_kernels.reference.rewards import (
 from fuserl_kernels.reference.sequences import compute_dtype
 from fuserl_kernels.registration import register
 from fuserl_kernels.reward_shaping import SHAPING_SCHEMA, check_room, shaping_arguments
+from fuserl_kernels.triton_advantages import discounted_returns_triton, gae_triton
+from fuserl_kernels.triton_rewards_to_advantages import rewards_to_advantages_triton
 
-GAE_FORWARD = {"reference": gae_fwd, "native": native_advantages.gae_fwd}
+GAE_FORWARD = {
+    "reference": gae_fwd,
+    "triton": gae_triton,
+    "native": native_advantages.gae_fwd,
+}
 RETURNS_FORWARD = {
     "reference": discounted_returns_fwd,
+    "triton": discounted_returns_triton,
     "native": native_advantages.discounted_returns_fwd,
 }
 FORWARD = {
     "reference": rewards_to_advantages_fwd,
+    "triton": rewards_to_advantages_triton,
     "native": native_advantages.rewards_to_advantages_fwd,
 }
 

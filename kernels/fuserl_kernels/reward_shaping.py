@@ -20,10 +20,27 @@ from fuserl_kernels.reference.rewards import (
 from fuserl_kernels.reference.sequences import compute_dtype
 from fuserl_kernels.registration import register
 from fuserl_kernels.scalars import scalar_tensor
+from fuserl_kernels.triton_rewards import (
+    kl_penalty_bwd_triton,
+    kl_penalty_triton,
+    shape_rewards_triton,
+)
 
-KL_FORWARD = {"reference": kl_penalty_fwd, "native": native_advantages.kl_penalty_fwd}
-KL_BACKWARD = {"reference": kl_penalty_bwd, "native": native_advantages.kl_penalty_bwd}
-SHAPE_FORWARD = {"reference": shape_rewards_fwd, "native": native_advantages.shape_rewards_fwd}
+KL_FORWARD = {
+    "reference": kl_penalty_fwd,
+    "triton": kl_penalty_triton,
+    "native": native_advantages.kl_penalty_fwd,
+}
+KL_BACKWARD = {
+    "reference": kl_penalty_bwd,
+    "triton": kl_penalty_bwd_triton,
+    "native": native_advantages.kl_penalty_bwd,
+}
+SHAPE_FORWARD = {
+    "reference": shape_rewards_fwd,
+    "triton": shape_rewards_triton,
+    "native": native_advantages.shape_rewards_fwd,
+}
 
 # --- kl_penalty
 

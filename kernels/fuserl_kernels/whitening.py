@@ -6,12 +6,18 @@ from fuserl_kernels import checks, native_advantages
 from fuserl_kernels.reference.rewards import masked_moments_fwd, masked_whiten_fwd
 from fuserl_kernels.reference.sequences import compute_dtype
 from fuserl_kernels.registration import register
+from fuserl_kernels.triton_whitening import masked_moments_triton, masked_whiten_triton
 
 MOMENTS_FORWARD = {
     "reference": masked_moments_fwd,
+    "triton": masked_moments_triton,
     "native": native_advantages.masked_moments_fwd,
 }
-FORWARD = {"reference": masked_whiten_fwd, "native": native_advantages.masked_whiten_fwd}
+FORWARD = {
+    "reference": masked_whiten_fwd,
+    "triton": masked_whiten_triton,
+    "native": native_advantages.masked_whiten_fwd,
+}
 
 _moments_op = register(
     "masked_moments(Tensor x, Tensor mask) -> Tensor",
