@@ -15,9 +15,11 @@ from fuserl_kernels.reference.sampling import sample_tokens_fwd
 from fuserl_kernels.reference.sequences import compute_dtype
 from fuserl_kernels.registration import register
 from fuserl_kernels.token_logprobs import FORWARD as ROW_FORWARD
+from fuserl_kernels.triton_sampling import sample_triton
 
 FORWARD: backend.Table = {
     "reference": functools.partial(sample_tokens_fwd, ROW_FORWARD["reference"]),
+    "triton": sample_triton,
     "native": sample_native,
 }
 

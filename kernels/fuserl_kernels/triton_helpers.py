@@ -140,7 +140,7 @@ def _load(row_ptr, cols, col_stride, softcap, SOFTCAP: tl.constexpr):  # type: i
 
 
 @triton.jit
-def _row_statistics(  # type: ignore[no-untyped-def]
+def _lane_statistics(  # type: ignore[no-untyped-def]
     row_ptr,
     col_stride,
     vocab_size,
@@ -150,7 +150,7 @@ def _row_statistics(  # type: ignore[no-untyped-def]
     ENTROPY: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One read of a row, from its end: (max, log_sum, entropy)."""
+    """One read of a row, from its end: max, sum and dot of each lane [LANES]."""
     lanes = tl.arange(0, LANES)
     lane_max = tl.full((LANES,), -float("inf"), tl.float32)
     lane_sum = tl.zeros((LANES,), tl.float32)
@@ -172,10 +172,34 @@ def _row_statistics(  # type: ignore[no-untyped-def]
         lane_max, lane_sum, lane_dot = _absorb_four(
             lane_max, lane_sum, lane_dot, x0, x1, x2, x3, scale, ENTROPY
         )
+    return lane_max, lane_sum, lane_dot
+
+
+@triton.jit
+def _merge_lanes(lane_max, lane_sum, lane_dot, scale, ENTROPY: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(max, log_sum, entropy) of a row from its lanes."""
     row_max, log_sum, entropy = _merge_all(
         lane_max[:, None], lane_sum[:, None], lane_dot[:, None], scale, ENTROPY, LANE_DOUBLINGS
     )
     return tl.sum(row_max, axis=0), tl.sum(log_sum, axis=0), tl.sum(entropy, axis=0)
+
+
+@triton.jit
+def _row_statistics(  # type: ignore[no-untyped-def]
+    row_ptr,
+    col_stride,
+    vocab_size,
+    scale,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One read of a row, from its end: (max, log_sum, entropy)."""
+    lane_max, lane_sum, lane_dot = _lane_statistics(
+        row_ptr, col_stride, vocab_size, scale, softcap, SOFTCAP, ENTROPY, STAGES
+    )
+    return _merge_lanes(lane_max, lane_sum, lane_dot, scale, ENTROPY)
 
 
 @triton.jit
