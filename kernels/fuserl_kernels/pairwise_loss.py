@@ -13,8 +13,13 @@ from fuserl_kernels.native_losses import pairwise_loss_native
 from fuserl_kernels.reference.pairwise import METRICS, pairwise_loss_fwd
 from fuserl_kernels.registration import register
 from fuserl_kernels.scalars import scalar_tensor
+from fuserl_kernels.triton_pairwise import pairwise_loss_triton
 
-FORWARD = {"reference": pairwise_loss_fwd, "native": pairwise_loss_native}
+FORWARD = {
+    "reference": pairwise_loss_fwd,
+    "native": pairwise_loss_native,
+    "triton": pairwise_loss_triton,
+}
 
 
 def _fake(

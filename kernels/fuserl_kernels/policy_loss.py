@@ -32,8 +32,9 @@ from fuserl_kernels.reference.policy import (
 )
 from fuserl_kernels.registration import register
 from fuserl_kernels.scalars import constant_like, denominator_tensor
+from fuserl_kernels.triton_losses import policy_loss_triton
 
-FORWARD = {"reference": policy_loss_fwd, "native": policy_loss_native}
+FORWARD = {"reference": policy_loss_fwd, "native": policy_loss_native, "triton": policy_loss_triton}
 
 _NUM_INPUTS = 9 + len(PolicyOptions._fields) + len(CorrectionOptions._fields) + 1
 

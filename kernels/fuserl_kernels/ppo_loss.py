@@ -25,9 +25,10 @@ from fuserl_kernels.reference.policy import CorrectionOptions, PolicyOptions, pp
 from fuserl_kernels.reference.value import METRICS as VALUE_METRICS
 from fuserl_kernels.registration import register
 from fuserl_kernels.scalars import constant_like, denominator_tensor
+from fuserl_kernels.triton_losses import ppo_loss_triton
 from fuserl_kernels.value_loss import checked_clip_range
 
-FORWARD = {"reference": ppo_loss_fwd, "native": ppo_loss_native}
+FORWARD = {"reference": ppo_loss_fwd, "native": ppo_loss_native, "triton": ppo_loss_triton}
 
 _NEW_VALUES, _CU_SEQLENS, _ENTROPY = 3, 12, 14  # positions in the schema
 _NUM_INPUTS = 16 + len(PolicyOptions._fields) + len(CorrectionOptions._fields) + 1

@@ -12,15 +12,15 @@ Statistics and log-probability have the bits of token_logprobs' Triton kernel: o
 
 import torch
 
-from fuserl_kernels.reference.policy import MAX_LOG_RATIO, PolicyOptions
+from fuserl_kernels.reference.policy import PolicyOptions
 from fuserl_kernels.triton_helpers import (
     LOG2E,
-    _expm1,
     _row_statistics,
     _store_gradient,
     _token_logprob,
     overlays,
 )
+from fuserl_kernels.triton_policy_terms import _kl, _surrogate
 from fuserl_kernels.triton_runtime import (
     TUNING_ROWS,
     Configuration,
@@ -29,46 +29,6 @@ from fuserl_kernels.triton_runtime import (
     tl,
     triton,
 )
-
-_MAX_LOG_RATIO = tl.constexpr(MAX_LOG_RATIO)
-
-
-@triton.jit
-def _surrogate_slope(  # type: ignore[no-untyped-def]
-    log_ratio, advantage, clip_low, clip_high, dual_clip, CLIP: tl.constexpr
-):
-    """Gradient of the term to the new log-probability; 0 where the clip holds."""
-    # A select, not a minimum: a NaN has to stay one.
-    ratio = tl.exp(tl.where(log_ratio > _MAX_LOG_RATIO, _MAX_LOG_RATIO, log_ratio))
-    unclipped = ratio * advantage
-    slope = -unclipped
-    if CLIP != "none":
-        low, high = 1.0 - clip_low, 1.0 + clip_high
-        bounded = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio)) * advantage
-        if CLIP == "cispo":
-            slope = -bounded
-        else:
-            objective = tl.where(bounded < unclipped, bounded, unclipped)
-            clipped = bounded < unclipped
-            # dual_clip is 0 for none
-            floor = dual_clip * advantage
-            clipped = clipped | ((dual_clip > 0) & (advantage < 0) & (objective < floor))
-            slope = tl.where(clipped, 0.0, slope)
-    return slope
-
-
-@triton.jit
-def _kl_slope(d, ESTIMATOR: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Derivative of the KL estimator to d = logprob - ref_logprob."""
-    if ESTIMATOR == "k1":
-        slope = d * 0.0 + 1.0
-    elif ESTIMATOR == "k2":
-        slope = d
-    elif ESTIMATOR == "k3":
-        slope = -_expm1(-d)
-    else:
-        slope = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))
-    return slope
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -91,10 +51,16 @@ def _policy_rows_kernel(  # type: ignore[no-untyped-def]
     out_col_stride,
     temperature,
     softcap,
-    clip_low,
-    clip_high,
+    ratio_low,
+    ratio_high,
     dual_clip,
+    gate_pos,
+    gate_neg,
+    gate_rate_pos,
+    gate_rate_neg,
+    log_ratio_clip,
     kl_coef,
+    kl_clip,
     entropy_coef,
     SOFTCAP: tl.constexpr,
     CLIP: tl.constexpr,
@@ -124,12 +90,15 @@ def _policy_rows_kernel(  # type: ignore[no-untyped-def]
         tl.store(entropy_ptr + row, entropy)
         weight = tl.load(weights_ptr + row)
         log_ratio = new_logprob - tl.load(logprobs_ptr + row)
-        g = weight * _surrogate_slope(
-            log_ratio, tl.load(advantages_ptr + row), clip_low, clip_high, dual_clip, CLIP
-        )
+        _, slope, _, _ = _surrogate(
+            new_logprob, log_ratio, tl.load(advantages_ptr + row), ratio_low, ratio_high, dual_clip,
+            gate_pos, gate_neg, gate_rate_pos, gate_rate_neg, log_ratio_clip, CLIP,
+        )  # fmt: skip
+        g = weight * slope
         if ref_logprobs_ptr is not None:
             d = new_logprob - tl.load(ref_logprobs_ptr + row)
-            g += kl_coef * weight * _kl_slope(d, ESTIMATOR)
+            _, kl_slope = _kl(d, kl_clip, ESTIMATOR)
+            g += kl_coef * weight * kl_slope
         h = -entropy_coef * weight
         # Every thread has read the row, the token's logit too, before any of it is overwritten.
         tl.debug_barrier()
@@ -187,11 +156,19 @@ def policy_rows_triton(
     numbers = (
         temperature,
         softcap,
-        options.clip_low,
-        options.clip_high,
+        1.0 - options.clip_low,
+        1.0 + options.clip_high,
         options.dual_clip,
+        options.gate_pos,
+        options.gate_neg,
+        options.gate_rate_pos,
+        options.gate_rate_neg,
+        options.log_ratio_clip,
         options.kl_coef,
+        options.kl_clip,
         options.entropy_coef,
+    )
+    flags = (
         softcap != 0.0,
         options.clip,
         options.kl_estimator,
@@ -209,6 +186,7 @@ def policy_rows_triton(
             *logits.stride(),
             *into.stride(),
             *numbers,
+            *flags,
             **configuration.arguments(),
         )
 
@@ -217,5 +195,5 @@ def policy_rows_triton(
 
     tuning_rows = min(num_rows, TUNING_ROWS)
     key = ("policy_rows", logits.device, logits.dtype, out.dtype, tuning_rows.bit_length())
-    launch(fastest((*key, vocab_size, numbers[7:]), POLICY_CONFIGURATIONS, measure), out)
+    launch(fastest((*key, vocab_size, flags), POLICY_CONFIGURATIONS, measure), out)
     return new_logprobs, entropy

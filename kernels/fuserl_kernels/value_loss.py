@@ -14,8 +14,9 @@ from fuserl_kernels.native_losses import value_loss_native
 from fuserl_kernels.reference.value import METRICS, value_loss_fwd
 from fuserl_kernels.registration import register
 from fuserl_kernels.scalars import denominator_tensor
+from fuserl_kernels.triton_losses import value_loss_triton
 
-FORWARD = {"reference": value_loss_fwd, "native": value_loss_native}
+FORWARD = {"reference": value_loss_fwd, "native": value_loss_native, "triton": value_loss_triton}
 
 
 def _fake(new_values: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:

@@ -16,12 +16,26 @@ pytestmark = pytest.mark.skipif(
 policy_rows_triton = import_module("fuserl_kernels.triton_policy_rows").policy_rows_triton
 forward_triton = import_module("fuserl_kernels.token_logprobs").forward_triton
 DEVICE = triton_runtime.device_type()
+UNCORRECTED = ("none", "token", 0.0, 0.0)
 
 
-def options(clip="ppo", estimator="k3", dual_clip=0.0, entropy_coef=0.0, level="token"):
-    return PolicyOptions(
-        level, clip, 0.2, 0.28, dual_clip, "token_mean", 0.05, estimator, entropy_coef
-    )
+PLAIN = PolicyOptions(
+    ratio_level="token",
+    clip="ppo",
+    clip_low=0.2,
+    clip_high=0.28,
+    dual_clip=0.0,
+    gate_pos=1.0,  # of sapo; nobody else reads them
+    gate_neg=1.05,
+    gate_rate_pos=0.0,
+    gate_rate_neg=0.0,
+    log_ratio_clip=0.0,
+    aggregation="token_mean",
+    kl_coef=0.05,
+    kl_estimator="k3",
+    kl_clip=0.0,
+    entropy_coef=0.0,
+)
 
 
 def example(num_rows=7, vocab_size=2500):
@@ -44,7 +58,7 @@ def expected(logits, token_ids, temperatures, softcap, old, advantages, weights,
     new, entropy, stats = token_logprobs_fwd(
         logits, token_ids, temperatures, 1.0, softcap, None, True
     )
-    _, _, g, h = policy_loss_fwd(
+    *_, g, h = policy_loss_fwd(
         new,
         old.to(dtype),
         advantages.to(dtype),
@@ -53,7 +67,9 @@ def expected(logits, token_ids, temperatures, softcap, old, advantages, weights,
         None,
         None if ref is None else ref.to(dtype),
         entropy,
+        None,
         *chosen,
+        *UNCORRECTED,
         True,
     )
     weights = weights.to(dtype)
@@ -64,21 +80,21 @@ def expected(logits, token_ids, temperatures, softcap, old, advantages, weights,
     return new, entropy, gradient
 
 
-@pytest.mark.parametrize("clip", ["ppo", "cispo", "none"])
+@pytest.mark.parametrize("clip", ["ppo", "cispo", "sapo", "none"])
 @pytest.mark.parametrize(
-    ("estimator", "has_ref", "dual_clip", "entropy_coef", "softcap"),
+    ("has_ref", "softcap", "changes"),
     [
-        ("k3", False, 0.0, 0.0, 0.0),
-        ("k1", True, 3.0, 0.01, 0.0),
-        ("k2", True, 0.0, 0.01, 20.0),
-        ("k3", True, 1.5, 0.0, 0.0),
-        ("abs", True, 0.0, 0.0, 0.0),
+        (False, 0.0, {}),
+        (True, 0.0, {"kl_estimator": "k1", "dual_clip": 3.0, "entropy_coef": 0.01}),
+        (True, 20.0, {"kl_estimator": "k2", "entropy_coef": 0.01, "kl_clip": 0.1}),
+        (True, 0.0, {"kl_estimator": "k3", "dual_clip": 1.5, "kl_clip": 0.1}),
+        (True, 0.0, {"kl_estimator": "abs", "log_ratio_clip": 0.3}),
     ],
 )
-def test_gradient_of_the_policy_loss(clip, estimator, has_ref, dual_clip, entropy_coef, softcap):
+def test_gradient_of_the_policy_loss(clip, has_ref, softcap, changes):
     logits, token_ids, temperatures, old, advantages, weights, ref = example()
     advantages[0] = -advantages[0].abs()
-    chosen = options(clip, estimator, dual_clip, entropy_coef)
+    chosen = PLAIN._replace(clip=clip, **changes)
     rest = (old, advantages, weights, ref if has_ref else None, chosen)
     truth = expected(logits.double(), token_ids, temperatures, softcap, *rest)
     peer = expected(logits, token_ids, temperatures, softcap, *rest)
@@ -96,7 +112,7 @@ def test_gradient_of_the_policy_loss(clip, estimator, has_ref, dual_clip, entrop
 @pytest.mark.parametrize("vocab_size", [100, 9001])
 def test_bf16_over_fp32_and_the_bits_of_token_logprobs(vocab_size):
     logits, token_ids, temperatures, *rest = example(5, vocab_size)
-    rest = (*rest, options(entropy_coef=0.01))
+    rest = (*rest, PLAIN._replace(entropy_coef=0.01))
     new, entropy, _ = forward_triton(logits, token_ids, temperatures, 1.0, 0.0, None, True)
     narrow = torch.empty(5, vocab_size, dtype=torch.bfloat16, device=DEVICE)
     results = [policy_rows_triton(logits, token_ids, temperatures, 1.0, 0.0, *rest, narrow)]
@@ -112,7 +128,7 @@ def test_a_row_does_not_depend_on_its_batch():
     logits, token_ids, temperatures, *rest = example()
     one = slice(4, 5)
     whole, alone = torch.empty_like(logits), torch.empty_like(logits[one])
-    chosen = options()
+    chosen = PLAIN
     first = policy_rows_triton(logits, token_ids, temperatures, 1.0, 0.0, *rest, chosen, whole)
     second = policy_rows_triton(
         logits[one], token_ids[one], temperatures[one], 1.0, 0.0, *(x[one] for x in rest), chosen,
@@ -126,7 +142,7 @@ def test_a_nan_is_not_hidden_by_the_clip():
     logits, token_ids, temperatures, *rest = example(3)
     logits[0, 100] = torch.nan
     out = torch.empty_like(logits)
-    new, _ = policy_rows_triton(logits, token_ids, temperatures, 1.0, 0.0, *rest, options(), out)
+    new, _ = policy_rows_triton(logits, token_ids, temperatures, 1.0, 0.0, *rest, PLAIN, out)
     assert new[0].isnan()
     assert out[0].isnan().all()
     assert out[1].isfinite().all()
@@ -135,11 +151,16 @@ def test_a_nan_is_not_hidden_by_the_clip():
 def test_no_rows_and_a_level_that_needs_other_rows():
     logits, token_ids, _, *rest = example(3)
     none = [x[:0] for x in (logits, token_ids, *rest)]
-    new, entropy = policy_rows_triton(
-        none[0], none[1], None, 1.0, 0.0, *none[2:], options(), none[0]
-    )
+    new, entropy = policy_rows_triton(none[0], none[1], None, 1.0, 0.0, *none[2:], PLAIN, none[0])
     assert new.shape == entropy.shape == (0,)
     with pytest.raises(ValueError, match="ratio_level must be token"):
         policy_rows_triton(
-            logits, token_ids, None, 1.0, 0.0, *rest, options(level="sequence_mean"), logits
+            logits,
+            token_ids,
+            None,
+            1.0,
+            0.0,
+            *rest,
+            PLAIN._replace(ratio_level="sequence_mean"),
+            logits,
         )

@@ -92,8 +92,14 @@ def _token_logprobs_bwd(target: str) -> Iterator[Case]:
 
 
 def _policy_rows(target: str) -> Iterator[Case]:
-    plain = _PLAIN | _UNIT | {"ref_logprobs_ptr": None, "CLIP": "ppo", "ESTIMATOR": "k3"}
-    full = _FULL | _UNIT | {"CLIP": "cispo", "ESTIMATOR": "k3", "BONUS": True}
+    numbers = dict.fromkeys(
+        "ratio_low ratio_high gate_pos gate_neg gate_rate_pos gate_rate_neg log_ratio_clip "
+        "kl_clip".split(),
+        "fp32",
+    )
+    common = _UNIT | numbers | {"ESTIMATOR": "k3"}
+    plain = _PLAIN | common | {"ref_logprobs_ptr": None, "CLIP": "ppo"}
+    full = _FULL | common | {"CLIP": "sapo", "BONUS": True}
     for variant, dtype, out, given in (
         ("bf16 ppo", "bf16", "bf16", plain | {"BONUS": False, "OVERLAY": False}),
         ("fp32 over bf16, ppo", "fp32", "bf16", plain | {"BONUS": False, "OVERLAY": True}),
