@@ -148,7 +148,7 @@ def _fake(
 
 def _check_data(*inputs: Any) -> None:
     if inputs[0].dim() == 1:
-        check_room(inputs[4], inputs[9], inputs[14])
+        check_room(inputs[4], inputs[10], inputs[15])
 
 
 _op = register(

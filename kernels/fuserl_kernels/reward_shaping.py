@@ -19,7 +19,7 @@ from fuserl_kernels.reference.rewards import (
 )
 from fuserl_kernels.reference.sequences import compute_dtype
 from fuserl_kernels.registration import register
-from fuserl_kernels.scalars import scalar_tensor
+from fuserl_kernels.scalars import tensor_or_number
 from fuserl_kernels.triton_rewards import (
     kl_penalty_bwd_triton,
     kl_penalty_triton,
@@ -106,9 +106,9 @@ def _checked_kl_clip(kl_clip: float | None) -> float:
 
 
 SHAPING_SCHEMA = (
-    "Tensor? has_eos, Tensor kl_coef, str estimator, float kl_clip, str score_slot, "
-    "float score_clip, float score_scale, str missing_eos, float missing_eos_penalty, "
-    "int max_length"
+    "Tensor? has_eos, Tensor? kl_coefs, float kl_coef, str estimator, float kl_clip, "
+    "str score_slot, float score_clip, float score_scale, str missing_eos, "
+    "float missing_eos_penalty, int max_length"
 )
 
 
@@ -129,7 +129,7 @@ def check_room(loss_mask: torch.Tensor, score_slot: str, max_length: int) -> Non
 
 def _check_data(*inputs: Any) -> None:
     if inputs[0].dim() == 1:
-        check_room(inputs[3], inputs[8], inputs[13])
+        check_room(inputs[3], inputs[9], inputs[14])
 
 
 _shape_op = register(
@@ -194,7 +194,7 @@ def shaping_arguments(
     )
     options = (
         has_eos,
-        scalar_tensor("kl_coef", kl_coef, logprobs),
+        *tensor_or_number("kl_coef", kl_coef, logprobs),
         estimator,
         _checked_kl_clip(kl_clip),
         score_slot,

@@ -18,6 +18,17 @@ def scalar_tensor(
     return torch.full((), float(value), dtype=compute_dtype(like), device=like.device)
 
 
+def tensor_or_number(
+    name: str, value: float | torch.Tensor, like: torch.Tensor
+) -> tuple[torch.Tensor | None, float]:
+    """A number stays one, so that no launch is spent on a tensor of it; a 0-d tensor goes to the
+    device of `like`, where a kernel reads it."""
+    checks.number_or_scalar(name, value)
+    if isinstance(value, torch.Tensor):
+        return checks.detached(value).to(like.device), 0.0
+    return None, float(value)
+
+
 def denominator_tensor(
     name: str, value: float | torch.Tensor | None, like: torch.Tensor
 ) -> torch.Tensor | None:

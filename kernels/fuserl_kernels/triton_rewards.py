@@ -196,6 +196,16 @@ def _score_slot(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _coefficient(tensor_ptr, number, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A coefficient given as a 0-d tensor, or as a number where there is none."""
+    if tensor_ptr is not None:
+        value = tl.load(tensor_ptr).to(dtype)
+    else:
+        value = tl.full((), number, dtype)
+    return value
+
+
+@triton.jit
 def _adjusted(score, score_clip, score_scale):  # type: ignore[no-untyped-def]
     return _clamp(score, score_clip) * score_scale
 
@@ -273,7 +283,8 @@ def _shape_kernel(  # type: ignore[no-untyped-def]
     ref_logprobs_ptr,
     loss_mask_ptr,
     has_eos_ptr,  # or None
-    kl_coef_ptr,
+    kl_coefs_ptr,  # or None for the number
+    kl_coef_number: tl.float64,
     rewards_ptr,
     kl_ptr,
     num_rows,
@@ -292,7 +303,7 @@ def _shape_kernel(  # type: ignore[no-untyped-def]
     dtype: tl.constexpr = rewards_ptr.dtype.element_ty
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     starts, lengths = _padded_rows(rows, num_rows, row_length)
-    kl_coef = tl.load(kl_coef_ptr).to(dtype)
+    kl_coef = _coefficient(kl_coefs_ptr, kl_coef_number, dtype)
     score_slot, score = _row_scores(
         scores_ptr, has_eos_ptr, loss_mask_ptr, rows, starts, lengths, row_length, max_slot,
         score_clip, score_scale, penalty, SCORE_SLOT, MISSING_EOS, BLOCK_T, dtype,
@@ -343,7 +354,8 @@ def shape_rewards_triton(
     ref_logprobs: torch.Tensor,
     loss_mask: torch.Tensor,
     has_eos: torch.Tensor | None,
-    kl_coef: torch.Tensor,
+    kl_coefs: torch.Tensor | None,
+    kl_coef: float,
     estimator: str,
     kl_clip: float,
     score_slot: str,
@@ -366,6 +378,7 @@ def shape_rewards_triton(
         ref_logprobs.contiguous(),
         loss_mask.contiguous(),
         None if has_eos is None else has_eos.contiguous(),
+        kl_coefs,
         kl_coef,
         rewards,
         kl,

@@ -21,6 +21,7 @@ from fuserl_kernels.triton_rewards import (
     BLOCKS,
     FIELD_BLOCKS,
     _block,
+    _coefficient,
     _padded_rows,
     _row_scores,
     _score_slot,
@@ -75,7 +76,8 @@ def _advantages_kernel(  # type: ignore[no-untyped-def]
     values_ptr,
     loss_mask_ptr,
     has_eos_ptr,  # or None
-    kl_coef_ptr,
+    kl_coefs_ptr,  # or None for the number
+    kl_coef_number: tl.float64,
     advantages_ptr,
     returns_ptr,
     rewards_ptr,
@@ -102,7 +104,7 @@ def _advantages_kernel(  # type: ignore[no-untyped-def]
     """Rewards, kl, returns and advantages, and the moments of the advantages."""
     dtype: tl.constexpr = rewards_ptr.dtype.element_ty
     wide: tl.constexpr = advantages_ptr.dtype.element_ty
-    kl_coef = tl.load(kl_coef_ptr).to(dtype)
+    kl_coef = _coefficient(kl_coefs_ptr, kl_coef_number, dtype)
     zero = tl.full((), 0.0, tl.float64)
     count, mean, squares = zero, zero, zero
     part = tl.program_id(0).to(tl.int64)
@@ -167,7 +169,8 @@ def _fields_kernel(  # type: ignore[no-untyped-def]
     values_ptr,
     loss_mask_ptr,
     has_eos_ptr,  # or None
-    kl_coef_ptr,
+    kl_coefs_ptr,  # or None for the number
+    kl_coef_number: tl.float64,
     rewards_ptr,
     kl_ptr,
     moments_ptr,  # of the rewards
@@ -193,7 +196,7 @@ def _fields_kernel(  # type: ignore[no-untyped-def]
     """Rewards before their whitening, kl, the moments of the rewards over the value mask, and the
     sums of the three fields over loss_mask."""
     dtype: tl.constexpr = rewards_ptr.dtype.element_ty
-    kl_coef = tl.load(kl_coef_ptr).to(dtype)
+    kl_coef = _coefficient(kl_coefs_ptr, kl_coef_number, dtype)
     zero = tl.full((), 0.0, tl.float64)
     count, mean, squares = zero, zero, zero
     sums = tl.zeros((_ITEMS,), tl.float64)
@@ -348,7 +351,8 @@ def rewards_to_advantages_triton(
     values: torch.Tensor,
     loss_mask: torch.Tensor,
     has_eos: torch.Tensor | None,
-    kl_coef: torch.Tensor,
+    kl_coefs: torch.Tensor | None,
+    kl_coef: float,
     estimator: str,
     kl_clip: float,
     score_slot: str,
@@ -389,6 +393,7 @@ def rewards_to_advantages_triton(
         values,
         loss_mask,
         None if has_eos is None else has_eos.contiguous(),
+        kl_coefs,
         kl_coef,
     )
     numbers = (

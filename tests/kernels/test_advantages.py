@@ -232,6 +232,7 @@ def test_opcheck(backend):
             mask,
             None,
             torch.tensor(0.1),
+            0.0,
             "k1",
             0.0,
             "last",

@@ -77,7 +77,8 @@ def shaping(num_slots, slot="after", **changes):
     scores[~mask.any(1)] = torch.nan
     options = {
         "has_eos": torch.rand(9) > 0.5,
-        "kl_coef": torch.tensor(0.3),
+        "kl_coefs": torch.tensor(0.3),
+        "kl_coef": 0.0,
         "estimator": "k3",
         "kl_clip": 1.5,
         "score_slot": slot,
@@ -216,7 +217,7 @@ def everything(rewards, values, loss_mask, value_mask, dtype=torch.float32):
     rewards, values = rewards.to(dtype), values.to(dtype)
     clean = torch.where(value_mask, rewards, 0), torch.where(value_mask, values, 0)
     rest = (
-        None, torch.tensor(0.1), "k3", 0.0, "after", torch.inf, 1.0, "", 1.0, 0,
+        None, None, 0.1, "k3", 0.0, "after", torch.inf, 1.0, "", 1.0, 0,
         0.99, 0.95, "identity", True, True, False,
     )  # fmt: skip
     ops = native_advantages
@@ -225,7 +226,7 @@ def everything(rewards, values, loss_mask, value_mask, dtype=torch.float32):
         ops.discounted_returns_fwd(rewards, loss_mask, value_mask, None, 0.99),
         ops.kl_penalty_fwd(*clean, "k3", 0.0),
         *ops.kl_penalty_bwd(*clean, "k3", 0.0, clean[0]),
-        *ops.shape_rewards_fwd(clean[0][:, 0], *clean, loss_mask, *rest[:10]),
+        *ops.shape_rewards_fwd(clean[0][:, 0], *clean, loss_mask, *rest[:11]),
         ops.masked_whiten_fwd(rewards, value_mask, None, True, False),
         ops.masked_moments_fwd(rewards, value_mask),
         *ops.rewards_to_advantages_fwd(clean[0][:, 0], *clean, clean[1], loss_mask, *rest),

@@ -152,7 +152,8 @@ def whole(num_sequences, num_slots, dtype=torch.float32, **changed):
         "values": values.to(dtype),
         "loss_mask": mask,
         "has_eos": torch.rand(num_sequences, device=DEVICE) > 0.5,
-        "kl_coef": torch.tensor(0.1, device=DEVICE),
+        "kl_coefs": torch.tensor(0.1, device=DEVICE),
+        "kl_coef": 0.0,
         "estimator": "k3",
         "kl_clip": 2.0,
         "score_slot": "after",
@@ -206,7 +207,7 @@ def test_whitening_where_values_predict_the_returns(whiten_rewards):
     arguments = whole(4, 60, gamma=1.0, whiten_rewards=whiten_rewards, whiten=False)
     returns = reference.rewards_to_advantages_fwd(*wide(arguments))[1]
     arguments[3] = (returns + 0.01 * torch.randn_like(returns)).float()
-    arguments[18] = True
+    arguments[19] = True
     assert_whole(arguments)
 
 
@@ -223,14 +224,14 @@ def test_many_rows_share_the_partial_sums(monkeypatch, whiten_rewards):
 def test_a_score_behind_a_block():
     """ "after" with the last trained token at the end of a block, with and without max_length."""
     for num_slots, last in ((LONGEST + 5, 4), (40, 39), (40, 20)):
-        arguments = whole(2, num_slots, whiten=False, whiten_rewards=False)[:15]
+        arguments = whole(2, num_slots, whiten=False, whiten_rewards=False)[:16]
         loss_mask = arguments[4]
         loss_mask[:, last + 1 :] = False
         loss_mask[0, last] = True
         loss_mask[1] = False
         arguments[1], arguments[2] = arguments[1].nan_to_num(0.0), torch.zeros_like(arguments[2])
         for max_length in (0, last + 1, last - 2):
-            arguments[14] = max_length
+            arguments[15] = max_length
             without_values = arguments[:3] + arguments[4:]
             got = shape_rewards_triton(*without_values)
             for a, b in zip(got, reference.shape_rewards_fwd(*without_values), strict=True):

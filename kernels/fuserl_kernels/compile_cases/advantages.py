@@ -15,7 +15,7 @@ _MASKS = ("mask_ptr", "loss_mask_ptr", "value_mask_ptr", "has_eos_ptr")
 _TYPES: dict[str, Any] = {
     **dict.fromkeys(_MASKS, "*i1:16"),
     **dict.fromkeys(("moments_ptr", "sums_ptr", "parts_ptr"), "*fp64:16"),
-    **dict.fromkeys(("decay", "value_weight"), "fp64"),
+    **dict.fromkeys(("decay", "value_weight", "kl_coef_number"), "fp64"),
     **dict.fromkeys(("kl_clip", "score_clip", "score_scale", "penalty"), "fp32"),
     **dict.fromkeys(("num_rows", "num_parts", "num_blocks", "num_tokens", "max_slot"), "i32"),
     "part_stride": 1,
@@ -65,6 +65,7 @@ _PLAIN: dict[str, Any] = {
     "SCORE_SLOT": "last",
     "MISSING_EOS": "",
     "has_eos_ptr": None,
+    "kl_coefs_ptr": None,
     "CARRY": False,
     "UNBIASED": False,
     "PARTS": whitening.MAX_PARTS,
@@ -74,6 +75,7 @@ _FULL = _PLAIN | {
     "SCORE_SLOT": "after",
     "MISSING_EOS": "replace",
     "has_eos_ptr": "*i1:16",
+    "kl_coefs_ptr": "*fp32:16",
     "CARRY": True,
     "UNBIASED": True,
 }

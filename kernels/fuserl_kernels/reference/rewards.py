@@ -81,7 +81,8 @@ def shape_rewards_fwd(
     ref_logprobs: torch.Tensor,
     loss_mask: torch.Tensor,
     has_eos: torch.Tensor | None,  # [B] bool
-    kl_coef: torch.Tensor,  # 0-d
+    kl_coefs: torch.Tensor | None,  # 0-d, or None for the number
+    kl_coef: float,
     estimator: str,
     kl_clip: float,  # 0 for none
     score_slot: str,
@@ -109,7 +110,7 @@ def shape_rewards_fwd(
     else:
         slots = score_slots(loss_mask, score_slot, max_length)
         placed = torch.where(slots, score.unsqueeze(-1), 0)
-    return placed - kl_coef.to(dtype) * kl, kl
+    return placed - (kl_coef if kl_coefs is None else kl_coefs.to(dtype)) * kl, kl
 
 
 def _scan(deltas: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
@@ -245,7 +246,8 @@ def rewards_to_advantages_fwd(
     values: torch.Tensor,
     loss_mask: torch.Tensor,
     has_eos: torch.Tensor | None,
-    kl_coef: torch.Tensor,
+    kl_coefs: torch.Tensor | None,
+    kl_coef: float,
     estimator: str,
     kl_clip: float,
     score_slot: str,
@@ -269,6 +271,7 @@ def rewards_to_advantages_fwd(
         ref_logprobs,
         loss_mask,
         has_eos,
+        kl_coefs,
         kl_coef,
         estimator,
         kl_clip,
