@@ -9,6 +9,7 @@ sequences fill a program too. Sums over all tokens: triton_partial_sums.py.
 Gradients are written unscaled (reference/policy.py), for the denominator is known only at the end.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from fuserl_kernels.reference.policy import METRICS as POLICY_METRICS
 from fuserl_kernels.reference.policy import split_choices
 from fuserl_kernels.reference.value import METRICS as VALUE_METRICS
 from fuserl_kernels.triton_helpers import _cast
+from fuserl_kernels.triton_kl import _kl, _kl_slope
 from fuserl_kernels.triton_partial_sums import (
     MAX_PROGRAMS,
     NUM_WARPS,
@@ -31,7 +33,7 @@ from fuserl_kernels.triton_partial_sums import (
     _slots,
     scratch,
 )
-from fuserl_kernels.triton_policy_terms import _between, _correction, _kl, _surrogate
+from fuserl_kernels.triton_policy_terms import _between, _correction, _surrogate
 from fuserl_kernels.triton_runtime import Configuration, tl, triton
 
 SHORTEST_BLOCK = 32
@@ -326,7 +328,8 @@ def _losses_kernel(  # type: ignore[no-untyped-def]
                 kl, bonus = tl.zeros_like(factor), tl.zeros_like(factor)
                 if ref_logprobs_ptr is not None:
                     ref = _take(ref_logprobs_ptr, index, inside, trained)
-                    kl, kl_slope = _kl(new - ref, kl_clip, ESTIMATOR)
+                    kl = _kl(new - ref, kl_clip, ESTIMATOR)
+                    kl_slope = _kl_slope(new - ref, kl_clip, ESTIMATOR)
                     # An infinite estimate of no weight is none.
                     objective += tl.where(kl_coef == 0, 0.0, kl_coef * kl)
                     gradient += tl.where(kl_coef == 0, 0.0, kl_coef * weight * kl_slope)
@@ -390,7 +393,7 @@ def _losses_kernel(  # type: ignore[no-untyped-def]
                 if ref_logprobs_ptr is not None:
                     new = _take(new_logprobs_ptr, index, inside, trained)
                     ref = _take(ref_logprobs_ptr, index, inside, trained)
-                    _, kl_slope = _kl(new - ref, kl_clip, ESTIMATOR)
+                    kl_slope = _kl_slope(new - ref, kl_clip, ESTIMATOR)
                     gradient += tl.where(kl_coef == 0, 0.0, kl_coef * weight * kl_slope)
                 _put(grad_logprobs_ptr, index, inside, trained, gradient)
 
@@ -504,7 +507,7 @@ def _policy(
             options.gate_rate_neg,
             options.log_ratio_clip,
             options.kl_coef,
-            options.kl_clip,
+            options.kl_clip or math.inf,
             options.entropy_coef,
             *correction_range,
         ),

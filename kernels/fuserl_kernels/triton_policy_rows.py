@@ -10,6 +10,8 @@ walk goes down the row and the second goes up, which starts where the cache is w
 Statistics and log-probability have the bits of token_logprobs' Triton kernel: one device function.
 """
 
+import math
+
 import torch
 
 from fuserl_kernels.reference.policy import PolicyOptions
@@ -20,7 +22,8 @@ from fuserl_kernels.triton_helpers import (
     _token_logprob,
     overlays,
 )
-from fuserl_kernels.triton_policy_terms import _kl, _surrogate
+from fuserl_kernels.triton_kl import _kl_slope
+from fuserl_kernels.triton_policy_terms import _surrogate
 from fuserl_kernels.triton_runtime import (
     TUNING_ROWS,
     Configuration,
@@ -97,7 +100,7 @@ def _policy_rows_kernel(  # type: ignore[no-untyped-def]
         g = weight * slope
         if ref_logprobs_ptr is not None:
             d = new_logprob - tl.load(ref_logprobs_ptr + row)
-            _, kl_slope = _kl(d, kl_clip, ESTIMATOR)
+            kl_slope = _kl_slope(d, kl_clip, ESTIMATOR)
             g += kl_coef * weight * kl_slope
         h = -entropy_coef * weight
         # Every thread has read the row, the token's logit too, before any of it is overwritten.
@@ -165,7 +168,7 @@ def policy_rows_triton(
         options.gate_rate_neg,
         options.log_ratio_clip,
         options.kl_coef,
-        options.kl_clip,
+        options.kl_clip or math.inf,
         options.entropy_coef,
     )
     flags = (

@@ -5,7 +5,6 @@ that a NaN stays one. The loss kernels and the rows of linear_policy_loss share 
 """
 
 from fuserl_kernels.reference.policy import MAX_LOG_RATIO
-from fuserl_kernels.triton_helpers import _expm1
 from fuserl_kernels.triton_runtime import tl, triton
 
 _MAX_LOG_RATIO = tl.constexpr(MAX_LOG_RATIO)
@@ -76,28 +75,6 @@ def _surrogate(  # type: ignore[no-untyped-def]
         term = -unclipped
         slope = tl.where(far, 0.0, -unclipped)
     return term, slope, clipped, ratio
-
-
-@triton.jit
-def _kl(d, kl_clip, ESTIMATOR: tl.constexpr):  # type: ignore[no-untyped-def]
-    """KL estimate of d = logprob - ref_logprob, and its derivative to d; held within +-kl_clip
-    unless that is 0."""
-    if ESTIMATOR == "k1":
-        kl = d
-        slope = tl.where(d == d, 1.0, d)
-    elif ESTIMATOR == "k2":
-        kl = 0.5 * d * d
-        slope = d
-    elif ESTIMATOR == "k3":
-        falling = _expm1(-d)
-        kl = falling + d
-        slope = -falling
-    else:
-        kl = tl.abs(d)
-        slope = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))
-    far = (kl_clip > 0) & ((kl < -kl_clip) | (kl > kl_clip))
-    held = tl.where(kl < 0, -kl_clip, kl_clip)
-    return tl.where(far, held, kl), tl.where(far, 0.0, slope)
 
 
 @triton.jit

@@ -137,7 +137,7 @@ def surrogate(
     held = torch.zeros_like(log_ratio, dtype=torch.bool)  # by log_ratio_clip: no slope
     if options.log_ratio_clip:
         bounded_log_ratio = log_ratio.clamp(-options.log_ratio_clip, options.log_ratio_clip)
-        held = bounded_log_ratio != log_ratio
+        held = log_ratio.abs() > options.log_ratio_clip
     ratio = bounded_log_ratio.exp()
     unclipped = ratio * advantages
     untouched = torch.zeros_like(held)
@@ -366,5 +366,5 @@ def ppo_loss_fwd(
     )
     metrics = torch.cat([metrics, value_metrics.to(metrics.dtype)])
     scales = torch.cat([scale, (vf_coef * value_scale).to(scale.dtype)])
-    loss = loss + vf_coef * value_loss
+    loss = loss + vf_coef * value_loss.to(loss.dtype)
     return loss, metrics, scales, grad_logprobs, grad_entropy, grad_values
