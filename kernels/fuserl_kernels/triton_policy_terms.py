@@ -17,9 +17,9 @@ def _between(x, low, high):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _ratio(log_ratio):  # type: ignore[no-untyped-def]
-    """exp, finite with its square."""
-    return tl.exp(tl.where(log_ratio > _MAX_LOG_RATIO, _MAX_LOG_RATIO, log_ratio))
+def _bounded(log_ratio):  # type: ignore[no-untyped-def]
+    """No more than what leaves the ratio finite with its square."""
+    return tl.where(log_ratio > _MAX_LOG_RATIO, _MAX_LOG_RATIO, log_ratio)
 
 
 @triton.jit
@@ -41,8 +41,8 @@ def _surrogate(  # type: ignore[no-untyped-def]
     log-ratio, or for cispo and vespo to the log-probability."""
     far = (log_ratio_clip > 0) & ((log_ratio < -log_ratio_clip) | (log_ratio > log_ratio_clip))
     held = tl.where(log_ratio < 0, -log_ratio_clip, log_ratio_clip)
-    log_ratio = tl.where(far, held, log_ratio)
-    ratio = _ratio(log_ratio)
+    log_ratio = tl.where(far, held, _bounded(log_ratio))
+    ratio = tl.exp(log_ratio)
     unclipped = ratio * advantage
     clipped = ratio < ratio  # nowhere
     if CLIP == "ppo":
@@ -81,7 +81,7 @@ def _surrogate(  # type: ignore[no-untyped-def]
 def _correction(log_ratio, low, high, CORRECTION: tl.constexpr):  # type: ignore[no-untyped-def]
     """(constant factor of the advantage, whether the bounds changed it), for the log of the ratio
     of the policy at the start of the update to the one that sampled."""
-    ratio = _ratio(log_ratio)
+    ratio = tl.exp(_bounded(log_ratio))
     outside = (ratio < low) | (ratio > high)
     if CORRECTION == "truncate":
         factor = _between(ratio, low, high)

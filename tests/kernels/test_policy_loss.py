@@ -1,6 +1,7 @@
 """policy_loss: every option against a loop over sequences and autograd, and its invariants."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -386,6 +387,25 @@ def test_huge_log_ratios_give_no_nan(backend, level, clip):
         assert loss.isfinite()
         assert grads(loss, new)[0].isfinite().all()
         assert not any(value.isnan() for value in metrics.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_huge_ratio_in_a_power_without_decay(backend):
+    """vespo with a rate of 0 weighs by w^k alone: w is held like every ratio."""
+    old = torch.tensor([[-900.0, -1.0]])
+    new = (old + torch.tensor([[900.0, 0.0]])).requires_grad_()
+    with fk.use_backend(backend):
+        loss, _ = fk.policy_loss(
+            new,
+            old,
+            torch.ones(1, 2),
+            old < 0,
+            clip="vespo",
+            ratio_level="sequence_sum",
+            vespo_gamma=((1.0, 0.0), (1.0, 0.0)),
+        )
+    assert loss.item() == pytest.approx(math.exp(40) / 2, rel=1e-5)
+    torch.testing.assert_close(grads(loss, new)[0], torch.full((1, 2), -math.exp(40) / 2))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
