@@ -13,6 +13,8 @@ namespace {
 // A token's cost to parallel_rows, which counts elements that are read and written.
 constexpr std::int64_t kTokenElements = 8;
 
+constexpr double kLeastSpread = 1e-14;  // LEAST_SPREAD of reference/value.py
+
 // What a sum is divided by: the caller's number or the count of this call, and 1 instead of 0.
 double divisor(const std::optional<double>& denominator, double count) {
     const double number = denominator.value_or(count);
@@ -87,7 +89,8 @@ void write_metrics(const ValueSums& sums, float*& metrics) {
     const double count = std::max(sums.tokens, 1.0);
     const double spread = variance(sums.returns, sums.return_squares, count);
     const double errors = variance(sums.errors, sums.error_squares, count);
-    const double explained = spread > 0.0 ? 1.0 - errors / spread : 0.0;
+    const bool varies = spread > kLeastSpread * (sums.return_squares / count);
+    const double explained = varies ? 1.0 - errors / spread : 0.0;
     for (const double metric :
          {0.5 * sums.squares / count, sums.clipped / count, explained, sums.tokens})
         *metrics++ = static_cast<float>(metric);

@@ -16,6 +16,7 @@ import torch
 
 from fuserl_kernels.reference.policy import METRICS as POLICY_METRICS
 from fuserl_kernels.reference.policy import split_choices
+from fuserl_kernels.reference.value import LEAST_SPREAD
 from fuserl_kernels.reference.value import METRICS as VALUE_METRICS
 from fuserl_kernels.triton_helpers import _cast
 from fuserl_kernels.triton_kl import _kl, _kl_slope
@@ -40,6 +41,7 @@ SHORTEST_BLOCK = 32
 WIDE_FROM = 1 << 30  # tokens: half of what 32 bits hold, for a tile may begin anywhere below
 CONFIGURATION = Configuration(NUM_WARPS, 1)
 _NUM_POLICY_METRICS = tl.constexpr(len(POLICY_METRICS))
+_LEAST_SPREAD = tl.constexpr(LEAST_SPREAD)
 
 
 @triton.jit
@@ -150,8 +152,7 @@ def _finish_value(sums, denominator_ptr, metrics_ptr, scale_ptr, vf_coef):  # ty
     target, square = _slot(means, _VALUES), _slot(means, _VALUES + 1)
     error, error_square = _slot(means, _VALUES + 2), _slot(means, _VALUES + 3)
     spread, unexplained = square - target * target, error_square - error * error
-    # Returns that do not vary leave no more than the rounding of float64 sums.
-    varies = spread > 1e-14 * square
+    varies = spread > _LEAST_SPREAD * square
     unexplained = tl.div_rn(
         unexplained.to(tl.float32), tl.where(varies, spread, 1.0).to(tl.float32)
     )

@@ -74,6 +74,17 @@ def test_masks(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("number", [0.1, 0.3, -7.7, 1000.1])
+def test_returns_that_do_not_vary_explain_nothing(backend, number):
+    """A number that no sum divides exactly: what is left of its variance is rounding."""
+    new = torch.randn(7, 333)
+    mask = torch.rand(7, 333) > 0.5
+    with fk.use_backend(backend):
+        _, metrics = fk.value_loss(new, new, torch.full_like(new, number), mask)
+    assert metrics["value/explained_variance"].item() == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
     new, old, returns, mask = batch(widest(backend))
     with fk.use_backend(backend):

@@ -9,6 +9,7 @@ import torch
 from fuserl_kernels.reference.sequences import compute_dtype
 
 METRICS = ("value/loss", "value/clipfrac", "value/explained_variance", "value/num_tokens")
+LEAST_SPREAD = 1e-14  # variance over mean square of returns; below, it is the rounding of sums
 
 
 def value_loss_fwd(
@@ -42,8 +43,10 @@ def value_loss_fwd(
         deviation = torch.where(loss_mask, x - x.sum() / count, 0)
         return deviation.square().sum() / count
 
-    spread = variance(target)
-    explained = torch.where(spread > 0, 1 - variance(error) / spread, 0)
+    wide = target.double()
+    spread = variance(wide)
+    varies = spread > LEAST_SPREAD * wide.square().sum() / count
+    explained = torch.where(varies, 1 - variance(error.double()) / spread, 0).to(dtype)
     metrics = torch.stack(
         [squares.sum() / count, clipped.to(dtype).sum() / count, explained, num_tokens]
     )
