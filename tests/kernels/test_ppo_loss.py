@@ -126,6 +126,19 @@ def test_opcheck(backend):
         )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float64_values_beside_float32_logprobs(backend):
+    new, old, advantages, *values, mask, value_mask, _, _ = batch(torch.float32)
+    values = [x.detach().double().requires_grad_(x.requires_grad) for x in values]
+    arguments = (new, old, advantages, *values, mask)
+    with fk.use_backend(backend):
+        loss, metrics = fk.ppo_loss(*arguments, value_mask=value_mask)
+        compiled = torch.compile(fk.ppo_loss, fullgraph=True, backend="aot_eager")
+        again, _ = compiled(*arguments, value_mask=value_mask)
+    assert loss.dtype == again.dtype == metrics["value/loss"].dtype == torch.float32
+    assert torch.autograd.grad(loss, values[0])[0].dtype == torch.float64
+
+
 def test_bad_arguments_are_named():
     x = torch.zeros(2, 3)
     with pytest.raises(ValueError, match="new_values must have shape"):

@@ -366,5 +366,5 @@ def ppo_loss_fwd(
     )
     metrics = torch.cat([metrics, value_metrics.to(metrics.dtype)])
     scales = torch.cat([scale, (vf_coef * value_scale).to(scale.dtype)])
-    loss = loss + vf_coef * value_loss.to(loss.dtype)
+    loss = loss + (vf_coef * value_loss).to(loss.dtype)
     return loss, metrics, scales, grad_logprobs, grad_entropy, grad_values
