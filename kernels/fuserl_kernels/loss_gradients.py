@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from fuserl_kernels.reference.sequences import compute_dtype
+from fuserl_kernels.registration import not_twice
 
 
 def fake_loss(like: torch.Tensor, num_metrics: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,6 +35,7 @@ def scaled_gradients(
     made. scale_of: for each gradient, the number of its scale."""
     if grad_loss is None:
         return (None,) * len(scale_of)
+    refuse_create_graph(ctx, grad_loss)
     scales, *gradients = ctx.saved_tensors
     factors = (scales * grad_loss).unbind()
     return tuple(
@@ -42,11 +44,20 @@ def scaled_gradients(
     )
 
 
+def refuse_create_graph(ctx: Any, grad_loss: torch.Tensor) -> None:
+    """The saved gradients are constants to autograd: a second derivative would miss their part.
+    Other types of tensor are a tracer's, whose grad mode says nothing of the backward pass."""
+    if torch.is_grad_enabled() and type(grad_loss) is torch.Tensor:
+        not_twice(ctx)
+
+
 def _multiplied(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """gradient * factor, or the gradient itself where a number on the CPU is seen to be 1: with
     native gradients, which are multiplied by 1 / denominator already, that saves a walk over them
-    and their copy. Other types of tensor stand for values not known yet (torch.compile tracing)."""
-    if type(factor) is torch.Tensor and factor.device.type == "cpu" and factor == 1:
+    and their copy. Under retain_graph the saved gradient stays here, for the next backward pass.
+    Other types of tensor stand for values not known yet (torch.compile tracing)."""
+    known = type(factor) is torch.Tensor and factor.device.type == "cpu"
+    if known and factor == 1 and not torch._C._autograd._get_current_graph_task_keep_graph():
         return gradient
     # A 0-d factor is a number to type promotion: the product keeps the gradient's dtype.
     return gradient * factor

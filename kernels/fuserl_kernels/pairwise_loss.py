@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fuserl_kernels import checks
-from fuserl_kernels.loss_gradients import fake_loss
+from fuserl_kernels.loss_gradients import fake_loss, refuse_create_graph
 from fuserl_kernels.native_losses import pairwise_loss_native
 from fuserl_kernels.reference.pairwise import METRICS, pairwise_loss_fwd
 from fuserl_kernels.registration import register
@@ -46,6 +46,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward(ctx: Any, grad_loss: torch.Tensor | None, *_: Any) -> tuple:
     if grad_loss is None:
         return None, None, None, None, None
+    refuse_create_graph(ctx, grad_loss)
     grad_chosen, grad_rejected = ctx.saved_tensors
     return grad_chosen * grad_loss, grad_rejected * grad_loss, None, None, None
 

@@ -67,6 +67,15 @@ def test_no_pairs(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_are_not_differentiable_twice(backend):
+    chosen = torch.ones(3, requires_grad=True)
+    with fk.use_backend(backend):
+        loss, _ = fk.pairwise_loss(chosen, torch.zeros(3))
+    with pytest.raises(RuntimeError, match="cannot be differentiated once more"):
+        torch.autograd.grad(loss, chosen, create_graph=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
     chosen, rejected = (torch.randn(4, requires_grad=True) for _ in range(2))
     with fk.use_backend(backend):

@@ -409,6 +409,28 @@ def test_a_huge_ratio_in_a_power_without_decay(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_retained_graph_gives_its_gradients_again(backend):
+    new, old, advantages, mask, *_ = batch(dtype=torch.float32)
+    with fk.use_backend(backend):
+        loss, _ = fk.policy_loss(new, old, advantages, mask)
+    (first,) = torch.autograd.grad(loss, new, retain_graph=True)
+    expected = first.clone()
+    first.zero_()
+    (again,) = torch.autograd.grad(loss, new)
+    assert torch.equal(again, expected)
+    assert expected.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_are_not_differentiable_twice(backend):
+    new, old, advantages, mask, *_ = batch(dtype=widest(backend))
+    with fk.use_backend(backend):
+        loss, _ = fk.policy_loss(new, old, advantages, mask)
+    with pytest.raises(RuntimeError, match="cannot be differentiated once more"):
+        torch.autograd.grad(loss, new, create_graph=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("level", LEVELS)
 def test_first_update_has_ratio_one(backend, level):
     _, old, advantages, mask, *_ = batch(dtype=widest(backend))
