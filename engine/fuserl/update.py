@@ -18,6 +18,7 @@ from fuserl.optimizer import Optimizer
 from fuserl.sequences import completion_states, completion_values, joined
 from fuserl.shaping import whitened
 from fuserl_kernels.presets import Preset
+from fuserl_kernels.reference.value import LEAST_SPREAD
 
 LOGGED_AS = {
     "policy/loss": "loss/policy_avg",
@@ -134,6 +135,8 @@ def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
     """1 - Var(returns - values) / Var(returns), 0-d; 0 where the returns do not vary."""
     if len(returns) == 0:
         return returns.new_zeros(())
-    variance = returns.var(correction=0)
-    unexplained = (returns - values).var(correction=0)
-    return torch.where(variance > 0, 1 - unexplained / variance, 0.0)
+    wide = returns.double()
+    variance = wide.var(correction=0)
+    varies = variance > LEAST_SPREAD * wide.square().mean()
+    unexplained = (wide - values).var(correction=0)
+    return torch.where(varies, 1 - unexplained / variance, 0.0).to(returns.dtype)

@@ -287,6 +287,8 @@ def test_explained_variance() -> None:
     returns = torch.tensor([1.0, 2.0, 3.0, 6.0])
     assert float(explained_variance(returns, returns)) == 1.0
     assert float(explained_variance(torch.full_like(returns, 3.0), returns)) == 0.0
+    same = torch.full((5000,), 0.1)  # the rounding of its mean is no variance
+    assert float(explained_variance(torch.randn(5000), same)) == 0.0
     assert float(explained_variance(torch.zeros(4), torch.ones(4))) == 0.0  # nothing to explain
     assert float(explained_variance(torch.empty(0), torch.empty(0))) == 0.0
     assert float(explained_variance(-returns, returns)) == pytest.approx(-3.0)
