@@ -127,6 +127,28 @@ def test_opcheck(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_with_transposed_inputs(backend):
+    """The compiled graph counts on the strides that the fake promises for the gradients."""
+    *tensors, _, entropy = batch(torch.float32)
+    new, new_values = tensors[0], tensors[3]
+
+    def loss(*turned):
+        *tensors, mask, value_mask, entropy = (x.t() for x in turned)
+        return fk.ppo_loss(
+            *tensors, mask, value_mask=value_mask, entropy=entropy, entropy_coef=0.1
+        )[0]
+
+    leaves = (new, new_values, entropy)
+    with fk.use_backend(backend):
+        results = [
+            torch.autograd.grad(function(*tensors, entropy), leaves)
+            for function in (loss, torch.compile(loss, fullgraph=True))
+        ]
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_float64_values_beside_float32_logprobs(backend):
     new, old, advantages, *values, mask, value_mask, _, _ = batch(torch.float32)
     values = [x.detach().double().requires_grad_(x.requires_grad) for x in values]

@@ -331,8 +331,9 @@ def policy_loss_fwd(
     gradient = _logprob_gradient(slope, new, ref, weights, loss_mask, cu_seqlens, options)
     grad_entropy = new_logprobs.new_empty(0)
     if entropy is not None:
-        grad_entropy = (-options.entropy_coef * weights).to(entropy.dtype)
-    return loss, metrics, scale, gradient.to(new_logprobs.dtype), grad_entropy
+        grad_entropy = (-options.entropy_coef * weights).to(entropy.dtype).contiguous()
+    gradient = gradient.to(new_logprobs.dtype).contiguous()
+    return loss, metrics, scale, gradient, grad_entropy
 
 
 def ppo_loss_fwd(

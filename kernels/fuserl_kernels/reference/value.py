@@ -53,4 +53,4 @@ def value_loss_fwd(
     if not needs_grad:
         return loss, metrics, scale, new_values.new_empty(0)
     slope = torch.where(clipped & (bounded != new), 0, worst)
-    return loss, metrics, scale, slope.to(new_values.dtype)
+    return loss, metrics, scale, slope.to(new_values.dtype).contiguous()
