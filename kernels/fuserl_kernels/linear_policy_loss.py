@@ -490,6 +490,8 @@ def linear_policy_loss(
     check_reference(options, ref_logprobs)
     logprobs = checks.detached(logprobs)
     advantages = checked_advantages(advantages, loss_mask, cu_seqlens)
+    if loss_mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        checks.cu_seqlens_data(cu_seqlens, loss_mask.numel())  # before they are followed below
     if advantages.shape != loss_mask.shape:
         advantages = spread(advantages, loss_mask, cu_seqlens)
     corrected = None

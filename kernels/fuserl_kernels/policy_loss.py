@@ -1,4 +1,4 @@
-"""Policy-gradient loss over trained tokens: PPO, CISPO or unclipped, token or sequence ratios.
+"""Policy-gradient loss over trained tokens: clips and gates, token or sequence ratios, corrections.
 
 Formulas: reference/policy.py. The forward pass makes the gradients and saves nothing else;
 backward scales them by the incoming gradient of the loss.

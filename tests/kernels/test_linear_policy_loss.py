@@ -385,6 +385,15 @@ def test_opcheck(backend, level):
         )
 
 
+def test_sequence_ends_are_checked_before_they_are_followed():
+    hidden, weight = torch.zeros(5, 4), torch.zeros(7, 4)
+    ids, x = torch.zeros(5, dtype=torch.long), torch.zeros(5)
+    with pytest.raises(ValueError, match="cu_seqlens must run from 0 to 5"):
+        fk.linear_policy_loss(
+            hidden, weight, ids, x, torch.ones(1), x == 0, cu_seqlens=torch.tensor([0, 3])
+        )
+
+
 def test_bad_arguments_are_named():
     x, hidden, weight = torch.zeros(2, 3), torch.zeros(2, 3, 4), torch.zeros(5, 4)
     ids = torch.zeros(2, 3, dtype=torch.long)
