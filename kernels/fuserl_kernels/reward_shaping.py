@@ -18,7 +18,7 @@ from fuserl_kernels.reference.rewards import (
     shape_rewards_fwd,
 )
 from fuserl_kernels.reference.sequences import compute_dtype
-from fuserl_kernels.registration import register
+from fuserl_kernels.registration import not_twice, register
 from fuserl_kernels.scalars import tensor_or_number
 from fuserl_kernels.triton_rewards import (
     kl_penalty_bwd_triton,
@@ -72,6 +72,7 @@ _kl_op_bwd = register(
         logprobs.new_empty(logprobs.shape),
         ref_logprobs.new_empty(ref_logprobs.shape),
     ),
+    backward=not_twice,
 )
 
 

@@ -56,6 +56,15 @@ def test_kl_gradients(backend, estimator, kl_clip):
         opcheck("kl_penalty", x, y, estimator, 0.3)
 
 
+@pytest.mark.parametrize("backend", runnable(KL_FORWARD))
+def test_kl_gradients_are_not_differentiable_twice(backend):
+    x, y = (torch.randn(4, requires_grad=True) for _ in range(2))
+    with fk.use_backend(backend):
+        (gradient,) = torch.autograd.grad(fk.kl_penalty(x, y, "k2").sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated once more"):
+        gradient.square().sum().backward()
+
+
 def test_k3_is_exact_for_small_differences():
     d = torch.tensor([1e-4])
     assert fk.kl_penalty(d, torch.zeros(1), "k3").item() == pytest.approx(5e-9, rel=2e-3)
