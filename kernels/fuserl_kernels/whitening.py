@@ -65,9 +65,10 @@ def masked_whiten(
     checks.mask("mask", mask, "x", x)
     if moments is not None:
         checks.device("moments", moments, "x", x)
-        if moments.dtype != torch.float64 or moments.shape not in ((3,), (moments.shape[0], 3)):
+        fits = moments.dim() in (1, 2) and moments.shape[-1] == 3 and moments.numel() > 0
+        if moments.dtype != torch.float64 or not fits:
             raise ValueError(
-                "moments must be float64 [3] or [W, 3] as masked_moments gives them, "
+                "moments must be float64 [3] or [W, 3], W > 0, as masked_moments gives them, "
                 f"not {moments.dtype} {list(moments.shape)}"
             )
         moments = checks.detached(moments).reshape(-1, 3)

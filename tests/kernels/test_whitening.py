@@ -97,8 +97,10 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="mask must have shape"):
         fk.masked_whiten(torch.zeros(2, 3), torch.ones(2, dtype=torch.bool))
     x = torch.zeros(2)
-    for moments in (torch.zeros(3), torch.zeros(2, 2, dtype=torch.float64)):
+    with pytest.raises(ValueError, match="moments must be float64"):
+        fk.masked_whiten(x, x == 0, moments=torch.zeros(3))
+    for shape in ((), (2, 2), (0, 3), (1, 1, 3)):
         with pytest.raises(ValueError, match="moments must be float64"):
-            fk.masked_whiten(x, x == 0, moments=moments)
+            fk.masked_whiten(x, x == 0, moments=torch.zeros(shape, dtype=torch.float64))
     with pytest.raises(ValueError, match="x must be a floating-point"):
         fk.masked_whiten(torch.zeros(2, dtype=torch.long), torch.ones(2, dtype=torch.bool))
