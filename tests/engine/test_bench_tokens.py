@@ -59,6 +59,15 @@ def test_lengths_run_evenly_from_half_to_all() -> None:
     assert (mask.int().diff(dim=1) <= 0).all(), "padding on the right only"
 
 
+@pytest.mark.parametrize("op", ["masked_whiten", "rewards_to_advantages"])
+def test_a_single_token_is_whitened_to_its_mean(op: str) -> None:
+    problem = OPS[op].problem(tokens(op, 1, 1))
+    (provider,) = (p for p in providers(op) if p.backend == "reference")
+    result, _ = check(problem, provider, None)
+    assert result.status == "timed", result.reason
+    assert problem.truth.outputs[0].item() == 0.0  # type: ignore[union-attr]
+
+
 def test_the_exact_advantages_are_those_of_a_plain_loop() -> None:
     num_slots = 2 * token_problems._ROW_BLOCK + 3
     problem = token_problems.gae_problem(tokens("gae", 3, num_slots))

@@ -136,8 +136,9 @@ def whiten_cost(case: Case) -> Cost:
 
 
 def _exact_white(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    inside = x[mask]
-    white = (x - inside.mean()) / (inside.var(correction=1) + WHITEN_EPSILON).sqrt()
+    centred = x - x[mask].mean()
+    variance = centred[mask].square().sum() / max(int(mask.sum()) - 1, 1)  # one entry has none
+    white = centred / (variance + WHITEN_EPSILON).sqrt()
     return torch.where(mask, white, 0)
 
 
