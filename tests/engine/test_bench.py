@@ -213,6 +213,13 @@ def test_ours_that_breaks_is_refused_too(table: Callable[..., None]) -> None:
         run_case(tiny("token_logprobs"), chosen, CEILINGS, 3, 1.0)
 
 
+def test_a_wrong_baseline_excuses_nothing_of_ours(table: Callable[..., None]) -> None:
+    table(ours=with_offset(torch.inf), rivals={ops.BASELINE: with_offset(torch.inf)})
+    chosen = providers("token_logprobs", REFERENCE)
+    with pytest.raises(WrongAnswer, match="fuserl-reference: wrong, error inf"):
+        run_case(tiny("token_logprobs"), chosen, CEILINGS, 3, 1.0)
+
+
 def test_without_memory_is_not_wrong(table: Callable[..., None]) -> None:
     def make(case: Case) -> Callable[..., Tensors]:
         def run(*inputs: torch.Tensor) -> Tensors:

@@ -14,7 +14,7 @@ OURS_MORE = {"fp32": Error(2e-5, 2e-5), "bf16": Error(2e-3, 5e-3), "fp16": Error
 
 
 def bound_for(dtype: str, is_ours: bool, baseline: Error | None) -> Error:
-    """baseline: the error of eager torch, None where it could not run."""
+    """baseline: the error of eager torch, None where it could not run or was wrong itself."""
     if not is_ours or baseline is None:
         return RIVAL_BOUND[dtype]
     more = OURS_MORE[dtype]

@@ -130,10 +130,10 @@ def run_case(
     for provider in sorted(chosen, key=lambda p: p.name != BASELINE):
         result, call = check(problem, provider, baseline)
         by_name[provider.name] = result
-        if provider.name == BASELINE:
-            baseline = result.error
         if call is not None:
             calls[provider.name] = call
+            if provider.name == BASELINE:
+                baseline = result.error
     results = [by_name[provider.name] for provider in chosen]
     _refuse_wrong(case, results)
     note = why_not_measured(case.device)
