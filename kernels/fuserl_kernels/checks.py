@@ -59,6 +59,11 @@ def choice(name: str, value: str, valid: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(valid)}, not {value!r}")
 
 
+def whole(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
 def at_least(name: str, value: float, least: float) -> None:
     if not least <= value < math.inf:
         raise ValueError(f"{name} must be a finite number of at least {least}, not {value!r}")

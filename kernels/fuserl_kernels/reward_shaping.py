@@ -87,7 +87,8 @@ def kl_penalty(
 
     With d = logprobs - ref_logprobs: "k1" d; "k2" d^2 / 2; "k3" exp(-d) - 1 + d; "abs" |d|.
     kl_clip holds the estimate within +-kl_clip, with no gradient beyond; None clamps nothing.
-    Any one shape; float32 out (float64 if either input is); gradients reach both inputs.
+    Any one shape; float32 out (float64 if either input is; the native kernels
+    refuse a float64 beside a narrower one); gradients reach both inputs.
     """
     checks.floating("logprobs", logprobs)
     checks.like("ref_logprobs", ref_logprobs, "logprobs", logprobs)
@@ -126,6 +127,8 @@ def check_room(loss_mask: torch.Tensor, score_slot: str, max_length: int) -> Non
             f"loss_mask has T = {num_slots} and trains its last slot, so score_slot 'after' has no "
             f"room behind it although max_length is {max_length}: pad T by one"
         )
+    if score_slot == "after" and max_length and bool(loss_mask[:, max_length:].any()):
+        raise ValueError(f"loss_mask trains a slot past max_length, which is {max_length}")
 
 
 def _check_data(*inputs: Any) -> None:
@@ -177,7 +180,7 @@ def shaping_arguments(
     if score_clip is not None:
         checks.above("score_clip", score_clip, 0.0)
     if max_length is not None:
-        checks.at_least("max_length", max_length, 1)
+        checks.whole("max_length", max_length, 1)
     if missing_eos is not None:
         checks.choice("missing_eos", missing_eos, MISSING_EOS)
         if has_eos is None:
@@ -240,7 +243,7 @@ def shape_rewards(
 
     Returns rewards [B, T] and kl [B, T], float32 (float64 for float64), zero elsewhere and in rows
     without a trained token; no gradients. Raises ValueError for arguments that do not fit, and on
-    the CPU where a row shorter than max_length has no slot behind its last token.
+    the CPU where a row shorter than max_length has no slot behind its last token, or one is longer.
     """
     tensors, options = shaping_arguments(
         scores,

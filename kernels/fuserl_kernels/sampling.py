@@ -79,7 +79,7 @@ def sample_tokens(
     if logits.dim() != 2 or logits.shape[1] < 1:
         raise ValueError(f"logits must have shape [B, V] with V > 0, not {list(logits.shape)}")
     checks.at_least("temperature", temperature, 0.0)
-    checks.at_least("top_k", top_k, 0)
+    checks.whole("top_k", top_k, 0)
     checks.above("top_p", top_p, 0.0)
     checks.between("top_p", top_p, 0.0, 1.0)
     checks.between("min_p", min_p, 0.0, 1.0)

@@ -165,6 +165,12 @@ def test_a_score_for_each_token(backend):
     assert (kl[~mask] == 0).all()
 
 
+def test_a_row_longer_than_the_budget_is_refused():
+    x, trained = torch.zeros(1, 3), torch.ones(1, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="trains a slot past max_length, which is 2"):
+        fk.shape_rewards(x[:, 0], x, x, trained, kl_coef=0.1, score_slot="after", max_length=2)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
     x, mask = torch.randn(3, 4), torch.rand(3, 4) > 0.5

@@ -288,6 +288,7 @@ def test_bad_arguments_are_named():
     for message, options in {
         "temperature must be .*-1": {"temperature": -1.0},
         "top_k must be": {"top_k": -1},
+        "top_k must be a whole number": {"top_k": 2.5},
         "top_p must be .*above 0": {"top_p": 0.0},
         "top_p must be in": {"top_p": 1.1},
         "min_p must be in": {"min_p": 2.0},

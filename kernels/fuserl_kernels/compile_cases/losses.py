@@ -6,6 +6,7 @@ from typing import Any
 from fuserl_kernels import triton_losses as losses
 from fuserl_kernels import triton_pairwise as pairwise
 from fuserl_kernels.compile_cases.case import ITEM_BYTES, Case, arguments_of
+from fuserl_kernels.triton_losses_kernel import _losses_kernel
 from fuserl_kernels.triton_partial_sums import TILE
 
 _NUM_TOKENS, _NUM_PAIRS = 512 * 1024, 512
@@ -103,9 +104,9 @@ def _losses(target: str) -> Iterator[Case]:
                 op,
                 f"{dtype} {variant}",
                 target,
-                losses._losses_kernel,
+                _losses_kernel,
                 losses.CONFIGURATION,
-                arguments_of(losses._losses_kernel, _COMMON | tensors | given),
+                arguments_of(_losses_kernel, _COMMON | tensors | given),
                 8,
                 16 if given.get("SEQUENCES") else 0,  # numbers of a sequence, across its walks
                 _NUM_TOKENS * (per_token * ITEM_BYTES[dtype] + 1),
