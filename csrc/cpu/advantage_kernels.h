@@ -212,12 +212,6 @@ void gae(const Discount& discount, const GaeRow& row) {
 
 using Doubles = Simd::Doubles;
 
-FUSERL_INLINE double lane_total(Doubles x) {
-    double total = 0.0;
-    for (int lane = 0; lane < Simd::kWidth / 2; ++lane) total += x[lane];
-    return total;
-}
-
 // Call visit(x, mask) with the vectors that have a slot of the mask, x being 0 elsewhere.
 template <typename Visit>
 FUSERL_INLINE void each_masked(const float* x, const RowMask& mask, std::int64_t size,
@@ -243,7 +237,7 @@ Moments moments(const float* x, RowMask mask, std::int64_t size) {
     double count = 0.0;
     for (int lane = 0; lane < Simd::kWidth; ++lane) count += counts[lane];
     if (count == 0.0) return {0.0, 0.0, 0.0};
-    const double mean = lane_total(low + high) / count;
+    const double mean = Simd::lane_total(low + high) / count;
     low = high = Doubles{};
     each_masked(x, mask, size, [&](Floats kept, Words lanes) FUSERL_LAMBDA {
         const Floats inside = masked(Simd::splat(1.0f), lanes);
@@ -252,7 +246,7 @@ Moments moments(const float* x, RowMask mask, std::int64_t size) {
         low += d * d;
         high += e * e;
     });
-    return {count, mean, lane_total(low + high)};
+    return {count, mean, Simd::lane_total(low + high)};
 }
 
 void whiten(const float* x, RowMask mask, std::int64_t size, const WhiteningFactors& factors,

@@ -5,31 +5,19 @@ namespace losses {
 
 #include "policy_terms.h"
 
-using HalfFloats = typename Vector<float, Simd::kWidth / 2>::type;
-using Doubles = typename Vector<double, Simd::kWidth / 2>::type;
-
 // Tokens summed in float32 before the sums go to double: 32 additions a lane.
 constexpr std::int64_t kRun = 32 * Simd::kWidth;
 
 // Sums of x and x^2 in double: a variance is their small difference.
 struct MomentSums {
-    Doubles sum{}, squares{};
+    Simd::Doubles sum{}, squares{};
 
     FUSERL_INLINE void add(Floats x) {
-        HalfFloats halves[2];
-        std::memcpy(halves, &x, sizeof x);
-        const Doubles low = __builtin_convertvector(halves[0], Doubles);
-        const Doubles high = __builtin_convertvector(halves[1], Doubles);
+        const Simd::Doubles low = Simd::doubles<0>(x), high = Simd::doubles<1>(x);
         sum += low + high;
         squares += low * low + high * high;
     }
 };
-
-FUSERL_INLINE double lane_sum(Doubles x) {
-    double sum = 0.0;
-    for (int lane = 0; lane < Simd::kWidth / 2; ++lane) sum += x[lane];
-    return sum;
-}
 
 // Of lanes that each counted downwards, adding comparisons' results.
 FUSERL_INLINE double lane_count(Words down) {
@@ -187,8 +175,8 @@ FUSERL_INLINE void policy_run(const PolicyLoss& task, const Surrogate& surrogate
     sums.term += Simd::lane_sum(term);
     sums.log_ratio_squares += Simd::lane_sum(squares);
     sums.clipped += lane_count(clipped);
-    sums.excess += lane_sum(excess.sum);
-    sums.excess_squares += lane_sum(excess.squares);
+    sums.excess += Simd::lane_total(excess.sum);
+    sums.excess_squares += Simd::lane_total(excess.squares);
     if (kPlain) return;
     sums.kl += Simd::lane_sum(kl);
     sums.entropy += Simd::lane_sum(entropy);
@@ -288,10 +276,10 @@ FUSERL_INLINE void value_run(const ValueLoss& task, std::int64_t first, std::int
     sums.tokens += lane_count(trained);
     sums.squares += Simd::lane_sum(squares);
     sums.clipped += lane_count(clipped);
-    sums.returns += lane_sum(returns.sum);
-    sums.return_squares += lane_sum(returns.squares);
-    sums.errors += lane_sum(errors.sum);
-    sums.error_squares += lane_sum(errors.squares);
+    sums.returns += Simd::lane_total(returns.sum);
+    sums.return_squares += Simd::lane_total(returns.squares);
+    sums.errors += Simd::lane_total(errors.sum);
+    sums.error_squares += Simd::lane_total(errors.squares);
 }
 
 inline void value_tokens(const ValueLoss& task, Range tokens, ValueSums& sums) {

@@ -150,6 +150,12 @@ struct GenericSimd {
         return __builtin_convertvector(halves[kHalf], Doubles);
     }
 
+    static FUSERL_INLINE double lane_total(Doubles x) {
+        double total = 0.0;
+        for (int lane = 0; lane < kLanes / 2; ++lane) total += x[lane];
+        return total;
+    }
+
     static FUSERL_INLINE double lane_sum(Floats x) {
         double sum = 0.0;
         for (int lane = 0; lane < kLanes; ++lane) sum += x[lane];

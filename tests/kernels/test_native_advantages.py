@@ -16,24 +16,6 @@ ESTIMATORS = ["k1", "k2", "k3", "abs"]
 WIDTHS = [1, 3, 4, 5, 8, 15, 16, 17, 31, 33, 100]
 
 
-def instruction_sets():
-    """The sets this machine has, the best first; "baseline" is always the last."""
-    if native.why_absent() is not None:
-        return ["none"]
-    best = native.module().build_info()["instructions"]
-    names = ["avx512", "avx2", "baseline"]
-    return names[names.index(best) :]
-
-
-@pytest.fixture(params=instruction_sets())
-def instructions(request):
-    module = native.module()
-    best = module.build_info()["instructions"]
-    module.set_instruction_set(request.param)
-    yield request.param
-    module.set_instruction_set(best)
-
-
 def wide(arguments):
     """The same arguments in float64."""
     floating = (torch.float32, torch.bfloat16, torch.float16)

@@ -20,24 +20,6 @@ pytestmark = pytest.mark.skipif(
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def instruction_sets():
-    """The sets this machine has, the best first; "baseline" is always the last."""
-    if native.why_absent() is not None:
-        return ["none"]
-    best = native.module().build_info()["instructions"]
-    names = ["avx512", "avx2", "baseline"]
-    return names[names.index(best) :]
-
-
-@pytest.fixture(params=instruction_sets())
-def instructions(request):
-    module = native.module()
-    best = module.build_info()["instructions"]
-    module.set_instruction_set(request.param)
-    yield request.param
-    module.set_instruction_set(best)
-
-
 def keys(num_rows):
     """Request ids of either sign and size, and positions up to 2^32."""
     request_ids = torch.randint(-(2**62), 2**62, (num_rows,))

@@ -14,24 +14,6 @@ pytestmark = pytest.mark.skipif(
 GRAD_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
-def instruction_sets():
-    """The sets this machine has, the best first; "baseline" is always the last."""
-    if native.why_absent() is not None:
-        return ["none"]
-    best = native.module().build_info()["instructions"]
-    names = ["avx512", "avx2", "baseline"]
-    return names[names.index(best) :]
-
-
-@pytest.fixture(params=instruction_sets())
-def instructions(request):
-    module = native.module()
-    best = module.build_info()["instructions"]
-    module.set_instruction_set(request.param)
-    yield request.param
-    module.set_instruction_set(best)
-
-
 def formula(logits, token_ids, temperature, softcap, g, h):
     """Logprobs, entropy and gradient through PyTorch's autograd, in the dtype of logits."""
     leaf = logits.clone().requires_grad_()

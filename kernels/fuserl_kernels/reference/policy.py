@@ -270,7 +270,8 @@ def policy_loss_fwd(
 
     Returns loss, metrics in the order of METRICS, scale [1], and the gradients of new_logprobs
     and entropy ([0] where not wanted), which are still to be multiplied by scale = 1 / denominator:
-    a kernel that walks the tokens once does not know the denominator when it writes them.
+    a kernel that walks the tokens once does not know the denominator when it writes them. One that
+    does may return gradients multiplied already, and a scale of 1.
     Every metric is a mean over this call's trained tokens."""
     options, corrections, needs_grad = split_choices(choices)
     dtype = compute_dtype(new_logprobs)
