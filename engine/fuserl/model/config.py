@@ -1,15 +1,49 @@
-"""What a decoder is made of: the switches of one transformer, and how Hugging Face spells them."""
+"""What a decoder is made of: the switches of one transformer. How each family of Hugging Face
+models sets them is in families.py."""
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched past the length a model was first trained on.
+
+    linear: every frequency over `factor` (Chen et al., 2023). llama3: low frequencies over
+    `factor`, high ones kept, a smooth blend between (Llama 3.1). yarn: a blend by wavelength and
+    an attention factor (Peng et al., 2023).
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float
+    original_max_positions: int = 8192
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn; None: 0.1 ln(factor) + 1
+    truncate: bool = True  # yarn: the blend's ends are rounded to whole dimensions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rope:
+    """Rotary positions (Su et al., 2021)."""
+
+    theta: float = 10_000.0
+    dim: int | None = None  # leading dimensions of a head that rotate; None: all
+    interleaved: bool = False  # pairs (2i, 2i + 1), as GPT-J; else (i, i + dim / 2)
+    scaling: RopeScaling | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
-    """Sizes and switches of a Llama-style decoder. Sizes count elements, not bytes."""
+    """Sizes and switches of a decoder. Sizes count elements, not bytes."""
 
+    family: str = "llama"  # a name of families.FAMILIES
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -18,18 +52,46 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     max_positions: int = 2048
-    rope_theta: float = 10_000.0
-    rms_norm_eps: float = 1e-5
-    attention_bias: bool = False
+
+    rope: Rope | None = Rope()  # None: learned positions
+    local_rope: Rope | None = None  # of the layers with a window, where it differs
+
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    norm_weight_offset: float = 0.0  # 1: the weight is stored less one (Gemma)
+    qk_norm: bool = False  # RMS norm of each query and key head before the rotation
+    post_norms: bool = False  # a norm behind attention and MLP too (Gemma 2)
+    parallel_residual: bool = False  # attention and MLP read the same stream (NeoX, GPT-J)
+    shared_norm: bool = False  # ... through one norm (GPT-J)
+
+    qkv_bias: bool = False
+    output_bias: bool = False  # of the attention's output product
     mlp_bias: bool = False
+    gated_mlp: bool = True
+    activation: Activation = "silu"
+
+    window: int | None = None  # tokens a query sees, itself included
+    window_layers: tuple[bool, ...] | None = None  # which layers have it; None: all
+    attention_scale: float | None = None  # None: head_dim ** -0.5
+    attention_softcap: float | None = None  # scores -> softcap * tanh(scores / softcap)
+    final_softcap: float | None = None  # the same of the logits
+    embedding_scale: float = 1.0
     tie_embeddings: bool = True
+    head_bias: bool = False  # of the language-model head (GPT-J)
+
     init_std: float = 0.02
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     pad_token_id: int | None = None
 
+    source: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """The config.json this came from: saving writes its other keys back unchanged."""
+
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"):
+        for name in (
+            *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"),
+            *("head_dim", "max_positions"),
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
@@ -37,79 +99,35 @@ class DecoderConfig:
                 f"num_heads ({self.num_heads}) must be a multiple of "
                 f"num_kv_heads ({self.num_kv_heads})"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary positions, not {self.head_dim}")
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> "DecoderConfig":
-        """From the contents of a Hugging Face config.json.
-
-        Raises ValueError, naming the key, for an architecture or a switch this decoder lacks.
-        """
-        model_type = config.get("model_type")
-        if model_type != "llama":
-            raise ValueError(f"model_type {model_type!r} is not supported (supported: 'llama')")
-        if config.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported (only 'silu')")
-        # transformers 5 writes rope_parameters; older folders rope_theta and rope_scaling.
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type != "default":
-            raise ValueError(f"rope type {rope_type!r} is not supported (only 'default')")
-        try:
-            num_heads = config["num_attention_heads"]
-            return cls(
-                vocab_size=config["vocab_size"],
-                hidden_size=config["hidden_size"],
-                intermediate_size=config["intermediate_size"],
-                num_layers=config["num_hidden_layers"],
-                num_heads=num_heads,
-                num_kv_heads=config.get("num_key_value_heads") or num_heads,
-                head_dim=config.get("head_dim") or config["hidden_size"] // num_heads,
-                max_positions=config.get("max_position_embeddings", 2048),
-                rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
-                rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-                attention_bias=config.get("attention_bias", False),
-                mlp_bias=config.get("mlp_bias", False),
-                tie_embeddings=config.get("tie_word_embeddings", False),
-                init_std=config.get("initializer_range", 0.02),
-                bos_token_id=config.get("bos_token_id"),
-                eos_token_id=_first(config.get("eos_token_id")),
-                pad_token_id=config.get("pad_token_id"),
+        for rope in (self.rope, self.local_rope):
+            rotary_dim = 0 if rope is None else self.head_dim if rope.dim is None else rope.dim
+            if rotary_dim % 2 or rotary_dim > self.head_dim:
+                raise ValueError(
+                    f"the rotary dimensions must be an even number within head_dim "
+                    f"({self.head_dim}), not {rotary_dim}"
+                )
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be positive, not {self.window}")
+        if self.window_layers is not None and len(self.window_layers) != self.num_layers:
+            raise ValueError(
+                f"window_layers has {len(self.window_layers)} entries for {self.num_layers} layers"
             )
-        except KeyError as error:
-            raise ValueError(f"key {error} is missing") from None
 
-    def to_hf(self) -> dict[str, Any]:
-        """The config.json entries that describe this decoder (without `architectures`)."""
-        return {
-            "model_type": "llama",
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "hidden_act": "silu",
-            "max_position_embeddings": self.max_positions,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
-            "rms_norm_eps": self.rms_norm_eps,
-            "attention_bias": self.attention_bias,
-            "mlp_bias": self.mlp_bias,
-            "attention_dropout": 0.0,
-            "tie_word_embeddings": self.tie_embeddings,
-            "initializer_range": self.init_std,
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": self.eos_token_id,
-            "pad_token_id": self.pad_token_id,
-        }
+    @property
+    def scale(self) -> float:
+        """What query-key products are multiplied by."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
+    def window_of(self, layer: int) -> int | None:
+        """The window of one layer; None: it sees all tokens before."""
+        has = self.window_layers is None or self.window_layers[layer]
+        return self.window if has else None
 
-def _first(token_id: int | list[int] | None) -> int | None:
-    if isinstance(token_id, list):
-        return token_id[0] if token_id else None
-    return token_id
+    def rope_of(self, layer: int) -> Rope | None:
+        """The rotary positions of one layer."""
+        if self.local_rope is not None and self.window_of(layer) is not None:
+            return self.local_rope
+        return self.rope
 
 
 _SMALL: dict[str, dict[str, Any]] = {
