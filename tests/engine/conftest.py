@@ -1,9 +1,11 @@
 """What the tests of the engine share: a small tokenizer, and models, folders and batches on it.
 
 The models' weights are large, so that outputs vary from token to token and from row to row.
+Tests import tiny_models.py beside this file, whatever pytest's import mode.
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from fuserl.rollout.decode import Completions, decode
 from fuserl.rollout.sampling import SamplingParams
 from fuserl.sequences import mask_of_lengths
 from fuserl.tokenizer import Tokenizer, train_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 SIZES = DecoderConfig(
     vocab_size=40,
