@@ -38,3 +38,5 @@ __all__ = [
     "use_backend",
     "value_loss",
 ]
+
+from fuserl_kernels.interim import *  # noqa: E402, F403

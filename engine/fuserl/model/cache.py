@@ -1,67 +1,108 @@
-"""Keys and values of the tokens decoded so far, right-padded: slot p holds position p."""
+"""Keys and values of the tokens decoded so far: prompts once, each completion in a slot.
+
+Row b of the batch reads its prompt's keys in the prefix arena, shared by all samples of that
+prompt, then those of its own slot. Rows are dropped by dropping their numbers: no key is moved.
+"""
 
 import torch
 from torch import Tensor
 
+import fuserl_kernels as fk
 from fuserl.model.config import DecoderConfig
+from fuserl.model.decoder import Attention, PackedStep
+from fuserl.model.packing import Packing
 
 
 class KVCache:
-    """Contiguous cache for a batch of rows that started from ragged prompts.
-
-    prompt_lengths: [B] int64. capacity: positions a row may reach (prompt and completion).
-    Prefill writes whole prompts, padding included; a padded slot is overwritten by the token
-    that later takes that position before any query may look at it.
-    """
+    """prompts: their packing, [P] sequences. prompt_of_row: [R] int64, ascending. capacity: tokens
+    a completion may have."""
 
     def __init__(
-        self, config: DecoderConfig, prompt_lengths: Tensor, capacity: int, dtype: torch.dtype
+        self,
+        config: DecoderConfig,
+        prompts: Packing,
+        prompt_of_row: Tensor,
+        capacity: int,
+        dtype: torch.dtype,
     ) -> None:
-        self.positions = prompt_lengths  # [B] the position the next token takes
-        self.is_prefill = True
-        shape = (len(prompt_lengths), config.num_kv_heads, capacity, config.head_dim)
-        device = prompt_lengths.device
-        self._keys = [
-            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)
-        ]
-        self._values = [torch.zeros_like(keys) for keys in self._keys]
-        self._slots = torch.arange(capacity, device=device)
-        self._rows = torch.arange(len(prompt_lengths), device=device)
-        self._used = 0
-        self._mask: Tensor | None = None
+        device = prompts.device
+        self.prompts = prompts
+        self.prompt_lengths = torch.tensor(prompts.lengths, device=device)
+        self.prompt_of_row = prompt_of_row
+        self.slots = torch.arange(len(prompt_of_row), device=device)  # of each row
+        self.lengths = torch.zeros_like(prompt_of_row)  # of each row's completion so far
+        self.num_positions = prompts.max_length + capacity
 
-    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """key, value: [B, kv_heads, S, head_dim]; S is the prompts' width, then always 1."""
-        if self.is_prefill:
-            self._keys[layer][:, :, : key.shape[2]] = key
-            self._values[layer][:, :, : value.shape[2]] = value
-        else:
-            self._keys[layer][self._rows, :, self.positions] = key.squeeze(2)
-            self._values[layer][self._rows, :, self.positions] = value.squeeze(2)
+        def arena(rows: int, width: int) -> list[Tensor]:
+            shape = (config.num_layers, rows, config.num_kv_heads, width, config.head_dim)
+            return list(torch.empty(shape, dtype=dtype, device=device))
 
-    def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values up to the furthest position in use, and which of them each row may
-        see ([B, 1, 1, used] bool, True = visible; the token being decoded included)."""
-        keys, values = self._keys[layer], self._values[layer]
-        return keys[:, :, : self._used], values[:, :, : self._used], self._mask
+        self.prefix_keys = arena(len(prompts.lengths), prompts.max_length)
+        self.prefix_values = arena(len(prompts.lengths), prompts.max_length)
+        self.keys = arena(len(prompt_of_row), capacity)
+        self.values = arena(len(prompt_of_row), capacity)
 
-    def begin_decode(self, used: int) -> None:
-        """End the prefill. used: the longest prompt."""
-        self.is_prefill = False
-        self._used = used
-
-    def begin_step(self) -> None:
-        """Before one token a row is decoded at `positions`."""
-        self._used += 1
-        self._mask = (self._slots[: self._used] <= self.positions.unsqueeze(1))[:, None, None]
-
-    def end_step(self) -> None:
-        self.positions = self.positions + 1
+    @property
+    def num_bytes(self) -> int:
+        arenas = (self.prefix_keys, self.prefix_values, self.keys, self.values)
+        return sum(tensor.nbytes for arena in arenas for tensor in arena)
 
     def keep(self, rows: Tensor) -> None:
-        """Make these rows the batch ([kept] int64): the others are dropped, one named n times
-        is there n times."""
-        self.positions = self.positions[rows]
-        self._keys = [keys[rows] for keys in self._keys]
-        self._values = [values[rows] for values in self._values]
-        self._rows = torch.arange(len(rows), device=rows.device)
+        """Make these rows the batch ([kept] int64, ascending)."""
+        self.prompt_of_row = self.prompt_of_row[rows]
+        self.slots = self.slots[rows]
+        self.lengths = self.lengths[rows]
+
+
+class PrefillStep(PackedStep):
+    """The prompts, whose keys go into the cache."""
+
+    def __init__(self, cache: KVCache) -> None:
+        super().__init__(cache.prompts)
+        self._cache = cache
+
+    def attend(self, attention: Attention, qkv: Tensor) -> Tensor:
+        out, key, value = self._attend(attention, qkv)
+        where = (self.packing.rows, slice(None), self.positions)
+        self._cache.prefix_keys[attention.layer][where] = key
+        self._cache.prefix_values[attention.layer][where] = value
+        return out
+
+
+class DecodeStep:
+    """The next token of every row. `advance` ends it."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self._cache = cache
+        self._offsets = cache.lengths
+        self._lengths = cache.lengths + 1
+        self.positions = cache.prompt_lengths[cache.prompt_of_row] + cache.lengths
+
+    def attend(self, attention: Attention, qkv: Tensor) -> Tensor:
+        cache, layer = self._cache, attention.layer
+        query = attention.rotary_kv_write(
+            qkv,
+            self.positions,
+            cache.num_positions,
+            cache.keys[layer],
+            cache.values[layer],
+            cache.slots,
+            self._offsets,
+        )
+        return fk.decode_attention(
+            query,
+            cache.keys[layer],
+            cache.values[layer],
+            self._lengths,
+            slots=cache.slots,
+            prefix_keys=cache.prefix_keys[layer],
+            prefix_values=cache.prefix_values[layer],
+            prefix_ids=cache.prompt_of_row,
+            prefix_lengths=cache.prompt_lengths,
+            scale=attention.scale,
+            window=attention.window,
+            softcap=attention.softcap,
+        )
+
+    def advance(self) -> None:
+        self._cache.lengths = self._lengths

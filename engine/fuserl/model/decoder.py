@@ -1,132 +1,183 @@
-"""One Llama-style decoder for training and for cached decoding.
+"""One decoder for training and for cached decoding, for every family.
 
-Everything is right-padded and causal. Position p of a row is its p-th real token, so padding
-comes after everything that could look at it: training and prefill need no attention mask, and
-what is computed at padded positions is never read.
+Sequences are packed end to end: N tokens, no padding, nothing computed that is not read. What a
+family is made of are switches of its DecoderConfig. How attention finds the keys of a token is
+the step's business (a `Step`): among the tokens of the same pass while training, in the cache
+while decoding; everything else is written once, here.
 
-Module names are Hugging Face's, so a state dict of this module is one of theirs.
+The residual stream is carried as two tensors, the stream and the last branch not yet added to it,
+so that adding and the next norm are one kernel.
 """
+
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from fuserl.model.cache import KVCache
+import fuserl_kernels as fk
+from fuserl.model.attention import packed_attention
 from fuserl.model.config import DecoderConfig
+from fuserl.model.packing import Packing
+from fuserl.model.rotary import RotaryTable
+
+_ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, statistics in fp32 (Zhang & Sennrich, 2019)."""
+class Norm(nn.Module):
+    """RMS norm (Zhang & Sennrich, 2019) or layer norm (Ba et al., 2016), statistics in fp32."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, config: DecoderConfig, size: int | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        size = config.hidden_size if size is None else size
+        self.is_rms, self.eps = config.norm == "rms", config.norm_eps
+        self.offset = config.norm_weight_offset
+        self.weight = nn.Parameter(torch.full((size,), 1.0 - self.offset))
+        self.bias = None if self.is_rms else nn.Parameter(torch.zeros(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * (x32 * scale).to(x.dtype)
+        if self.is_rms:
+            return fk.rms_norm(x, self.weight, eps=self.eps, weight_offset=self.offset)
+        return fk.layer_norm(x, self.weight, self.bias, eps=self.eps)
+
+    def add(self, branch: Tensor | None, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of stream + branch, and that sum."""
+        if branch is None:
+            return self(stream), stream
+        if self.is_rms:
+            return fk.rms_norm(
+                branch, self.weight, residual=stream, eps=self.eps, weight_offset=self.offset
+            )
+        return fk.layer_norm(branch, self.weight, self.bias, residual=stream, eps=self.eps)
 
 
-def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin for rotary embeddings (Su et al., 2021) in Llama's half-split layout.
+class Step(Protocol):
+    """One pass over the layers: which tokens, and where their keys are."""
 
-    positions: [B, S] or [1, S]. Returns two fp32 tensors [B or 1, 1, S, head_dim].
-    """
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    frequencies = theta ** (-exponents / head_dim)  # [head_dim / 2]
-    angles = positions.float().unsqueeze(-1) * frequencies  # [B, S, head_dim / 2]
-    angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
-    return angles.cos(), angles.sin()
+    @property
+    def positions(self) -> Tensor:
+        """[N] int64: of each token in its sequence."""
 
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary embeddings. x: [B, heads, S, head_dim]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+    def attend(self, attention: "Attention", qkv: Tensor) -> Tensor:
+        """[N, (num_heads + 2 num_kv_heads) * head_dim] to [N, num_heads, head_dim]."""
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al., 2023)."""
+    """Grouped-query attention (Ainslie et al., 2023), its three inputs one product."""
 
-    def __init__(self, config: DecoderConfig, layer: int) -> None:
+    def __init__(self, config: DecoderConfig, layer: int, table: RotaryTable) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.table = layer, table
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
-        self.head_dim = config.head_dim
-        bias = config.attention_bias
-        query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, key, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, key, bias=bias)
-        self.o_proj = nn.Linear(query, config.hidden_size, bias=bias)
+        self.head_dim, self.scale = config.head_dim, config.scale
+        self.window, self.softcap = config.window_of(layer), config.attention_softcap
+        self.eps, self.offset = config.norm_eps, config.norm_weight_offset
+        heads = config.num_heads * config.head_dim
+        both = heads + 2 * config.num_kv_heads * config.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, both, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(heads, config.hidden_size, bias=config.output_bias)
+        self.q_norm = Norm(config, config.head_dim) if config.qk_norm else None
+        self.k_norm = Norm(config, config.head_dim) if config.qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        batch, length, _ = x.shape
-        query = self._heads(self.q_proj(x), self.num_heads)
-        key = self._heads(self.k_proj(x), self.num_kv_heads)
-        value = self._heads(self.v_proj(x), self.num_kv_heads)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        if cache is not None:
-            cache.write(self.layer, key, value)
-        if cache is None or cache.is_prefill:
-            grouped = self.num_kv_heads != self.num_heads
-            out = F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, enable_gqa=grouped
-            )
-        else:
-            # One query a head: the heads of a group become the query axis over one shared key.
-            keys, values, mask = cache.read(self.layer)
-            folded = query.view(batch, self.num_kv_heads, -1, self.head_dim)
-            out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
-            out = out.reshape(batch, self.num_heads, 1, self.head_dim)
-        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        return self.o_proj(step.attend(self, self.qkv_proj(x)).flatten(1))
 
-    def _heads(self, x: Tensor, num_heads: int) -> Tensor:
-        batch, length, _ = x.shape
-        return x.view(batch, length, num_heads, self.head_dim).transpose(1, 2)
+    def rotary(
+        self, qkv: Tensor, positions: Tensor, num_positions: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value heads with their positions in, [N, heads, head_dim] each.
+        num_positions: more than any of `positions`."""
+        cos, sin = self.table.upto(num_positions, qkv.device)
+        return fk.rotary(qkv, cos, sin, positions, **self._heads())
+
+    def rotary_kv_write(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        num_positions: int,
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor,
+        offsets: Tensor,
+    ) -> Tensor:
+        """As `rotary`, with key and value of token n written to keys[slots[n], :, offsets[n]] and
+        values likewise; returns the query heads. No gradient."""
+        cos, sin = self.table.upto(num_positions, qkv.device)
+        return fk.rotary_kv_write(
+            qkv, cos, sin, positions, keys, values, slots, offsets, **self._heads()
+        )
+
+    def _heads(self) -> dict:
+        return {
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "interleaved": self.table.interleaved,
+            "q_norm_weight": None if self.q_norm is None else self.q_norm.weight,
+            "k_norm_weight": None if self.k_norm is None else self.k_norm.weight,
+            "eps": self.eps,
+            "weight_offset": self.offset,
+        }
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer, 2020)."""
+    """Gated (Shazeer, 2020), its two inputs one product; or plain."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
-        self.up_proj = nn.Linear(hidden, inner, bias=bias)
+        self.activation = config.activation
+        if config.gated_mlp:
+            self.gate_up_proj = nn.Linear(hidden, 2 * inner, bias=bias)
+        else:
+            self.up_proj = nn.Linear(hidden, inner, bias=bias)
+        self.is_gated = config.gated_mlp
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.is_gated:
+            return self.down_proj(fk.glu(self.gate_up_proj(x), activation=self.activation))
+        return self.down_proj(_ACTIVATIONS[self.activation](self.up_proj(x)))
 
 
 class Layer(nn.Module):
-    def __init__(self, config: DecoderConfig, layer: int) -> None:
+    def __init__(self, config: DecoderConfig, layer: int, table: RotaryTable) -> None:
         super().__init__()
-        self.self_attn = Attention(config, layer)
+        self.is_parallel = config.parallel_residual
+        self.attn_norm = Norm(config)
+        self.attn = Attention(config, layer, table)
+        self.mlp_norm = None if config.shared_norm else Norm(config)
         self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attn_norm = Norm(config) if config.post_norms else None
+        self.post_mlp_norm = Norm(config) if config.post_norms else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class Trunk(nn.Module):
-    """Embedding, layers and final norm: what Hugging Face calls `model`."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+    def forward(
+        self, branch: Tensor | None, stream: Tensor, step: Step
+    ) -> tuple[Tensor, Tensor]:
+        """branch: what the layer before has not yet added to the stream, [N, D] each."""
+        normed, stream = self.attn_norm.add(branch, stream)
+        attended = self.attn(normed, step)
+        if self.post_attn_norm is not None:
+            attended = self.post_attn_norm(attended)
+        if self.is_parallel:
+            if self.mlp_norm is not None:
+                normed = self.mlp_norm(stream)
+            return attended + self.mlp(normed), stream
+        assert self.mlp_norm is not None
+        normed, stream = self.mlp_norm.add(attended, stream)
+        branch = self.mlp(normed)
+        if self.post_mlp_norm is not None:
+            branch = self.post_mlp_norm(branch)
+        return branch, stream
 
 
 class Decoder(nn.Module):
-    """Token ids in, final hidden states out. The heads are subclasses (heads.py).
+    """Token ids in, final hidden states out.
 
     On the meta device nothing is allocated or initialised: the loader asks a model built there
     for its names and shapes, and fills it afterwards.
@@ -135,37 +186,96 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = Trunk(config)
+        self.checkpointing = False  # recompute each layer in the backward pass
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.rope is None:
+            self.embed_positions = nn.Embedding(config.max_positions, config.hidden_size)
+        tables = {
+            rope: RotaryTable(rope, config.head_dim)
+            for rope in map(config.rope_of, range(config.num_layers))
+        }
+        self.layers = nn.ModuleList(
+            Layer(config, layer, tables[config.rope_of(layer)])
+            for layer in range(config.num_layers)
+        )
+        self.norm = Norm(config)
 
     @property
     def device(self) -> torch.device:
-        return self.model.embed_tokens.weight.device
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.weight.dtype
+
+    def forward(self, token_ids: Tensor, packing: Packing) -> Tensor:
+        """token_ids: [N] int64, packed. Returns the hidden states after the final norm, [N, D]."""
+        return self.run(token_ids, PackedStep(packing))
+
+    def run(self, token_ids: Tensor, step: Step) -> Tensor:
+        """The whole decoder in one step of any kind. [N] to [N, D], after the final norm."""
+        return self.upper(self.lower(token_ids, step, 0), step, 0)
+
+    def lower(self, token_ids: Tensor, step: Step, stop: int) -> Tensor:
+        """Embedding and the layers below `stop`: the residual stream before that layer, [N, D]."""
+        stream = self.embed_tokens(token_ids)
+        if self.config.embedding_scale != 1.0:
+            # Rounded to the dtype first, as Gemma was trained.
+            stream = stream * stream.new_tensor(self.config.embedding_scale)
+        if self.config.rope is None:
+            stream = stream + self.embed_positions(step.positions)
+        branch, stream = self._layers(stream, step, 0, stop)
+        return stream if branch is None else stream + branch
+
+    def upper(self, stream: Tensor, step: Step, start: int) -> Tensor:
+        """The layers from `start` on and the final norm, from the stream `lower` gave: [N, D]."""
+        branch, stream = self._layers(stream, step, start, len(self.layers))
+        return self.norm.add(branch, stream)[0]
+
+    def _layers(
+        self, stream: Tensor, step: Step, start: int, stop: int
+    ) -> tuple[Tensor | None, Tensor]:
+        branch: Tensor | None = None
+        for layer in self.layers[start:stop]:
+            if self.checkpointing and torch.is_grad_enabled():
+                branch, stream = checkpoint(layer, branch, stream, step, use_reentrant=False)
+            else:
+                branch, stream = layer(branch, stream, step)
+        return branch, stream
 
     @torch.no_grad()
-    def initialize(self, seed: int) -> None:
-        """Weights from N(0, init_std^2) by a generator of their own; norms one, biases zero."""
-        generator = torch.Generator(device=self.device).manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            elif name.endswith("bias"):
-                parameter.zero_()
-            else:
-                parameter.normal_(std=self.config.init_std, generator=generator)
+    def initialize(self, generator: torch.Generator) -> None:
+        """Matrices from N(0, init_std^2); norms one, biases zero."""
+        for module in self.modules():
+            if isinstance(module, Norm):
+                module.weight.fill_(1.0 - module.offset)
+                if module.bias is not None:
+                    module.bias.zero_()
+            elif isinstance(module, nn.Linear | nn.Embedding):
+                module.weight.normal_(std=self.config.init_std, generator=generator)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    module.bias.zero_()
 
-    def forward(self, token_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """token_ids: [B, S] int64, right-padded. Returns the hidden states after the final norm,
-        [B, S, D].
 
-        With a cache, the first call is the prefill of whole prompts; every later call brings
-        one token a row, at the position the cache holds for that row.
-        """
-        if cache is None or cache.is_prefill:
-            positions = torch.arange(token_ids.shape[1], device=token_ids.device).unsqueeze(0)
-        else:
-            positions = cache.positions.unsqueeze(1)
-        cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
-        x = self.model.embed_tokens(token_ids)
-        for layer in self.model.layers:
-            x = layer(x, cos, sin, cache)
-        return self.model.norm(x)
+class PackedStep:
+    """Training and scoring: a token's keys are in the same pass. Keeps nothing."""
+
+    def __init__(self, packing: Packing) -> None:
+        self.packing = packing
+        self.positions = packing.positions
+
+    def attend(self, attention: Attention, qkv: Tensor) -> Tensor:
+        return self._attend(attention, qkv)[0]
+
+    def _attend(self, attention: Attention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = attention.rotary(qkv, self.positions, self.packing.max_length)
+        out = packed_attention(
+            query,
+            key,
+            value,
+            self.packing,
+            scale=attention.scale,
+            window=attention.window,
+            softcap=attention.softcap,
+        )
+        return out, key, value

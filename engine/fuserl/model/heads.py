@@ -1,66 +1,135 @@
-"""A decoder with a head: next-token scores over the vocabulary, or one number a position.
+"""A decoder under a head: next-token scores over the vocabulary, or one number a token."""
 
-Parameter names are those of LlamaForCausalLM and LlamaForSequenceClassification.
-"""
-
-from typing import Self
+import copy
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from fuserl.model.config import DecoderConfig
 from fuserl.model.decoder import Decoder
+from fuserl.model.packing import Packing
+
+HeadKind = Literal["linear", "mlp"]
 
 
-class LanguageModel(Decoder):
-    """Decoder with a vocabulary head; no bias, and no parameter of its own when tied."""
+class LanguageModel(nn.Module):
+    """A decoder with a vocabulary head, which has no weight of its own when tied."""
 
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: DecoderConfig, trunk: Decoder | None = None) -> None:
+        super().__init__()
+        self.trunk = Decoder(config) if trunk is None else trunk
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.head_bias else None
+        self.lm_head_bias = bias
+
+    @property
+    def config(self) -> DecoderConfig:
+        return self.trunk.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.trunk.device
 
     @property
     def output_weight(self) -> Tensor:
         """[V, D]"""
         if self.config.tie_embeddings:
-            return self.model.embed_tokens.weight
+            return self.trunk.embed_tokens.weight
         return self.lm_head.weight
 
+    @property
+    def output_bias(self) -> Tensor | None:
+        """[V]"""
+        return self.lm_head_bias
 
-class ScalarModel(Decoder):
-    """Decoder with a scalar head: a reward model or a critic.
+    def forward(self, token_ids: Tensor, packing: Packing) -> Tensor:
+        """token_ids: [N] int64, packed. Returns the hidden states after the final norm, [N, D]."""
+        return self.trunk(token_ids, packing)
 
-    The bias lets a reward model be centred (references score 0 on average) and lets a critic
-    that starts from it inherit the same scale.
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] to [..., V]. Losses use fk.linear_* instead, which never hold them all."""
+        logits = nn.functional.linear(hidden, self.output_weight, self.output_bias)
+        softcap = self.config.final_softcap
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Matrices from N(0, init_std^2) by a generator of their own; norms one, biases zero."""
+        generator = torch.Generator(device=self.device).manual_seed(seed)
+        self.trunk.initialize(generator)
+        if not self.config.tie_embeddings:
+            self.lm_head.weight.normal_(std=self.config.init_std, generator=generator)
+        if self.lm_head_bias is not None:
+            self.lm_head_bias.zero_()
+
+
+class ScalarModel(nn.Module):
+    """A decoder with a scalar head: a reward model or a critic.
+
+    head: one product, or an MLP of one hidden layer twice as wide with ReLU (as trlX's value
+    head). The bias lets a reward model be centred (references score 0 on average) and lets a
+    critic that starts from it inherit the same scale.
     """
 
-    kept_lm_head: Tensor | None = None
-    """[V, D], untied embeddings only: the head of the language model this one started from. No
-    parameter; it waits on the CPU for a later stage that starts a language model from here."""
+    kept_lm_head: dict[str, Tensor]
+    """What a language-model head that is not the embeddings held in the model this one started
+    from, by its names in LanguageModel. No parameter; it waits on the CPU for a later stage that
+    starts a language model from here."""
 
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__(config)
-        self.score = nn.Linear(config.hidden_size, 1)
+    def __init__(
+        self, config: DecoderConfig, head: HeadKind = "linear", trunk: Decoder | None = None
+    ) -> None:
+        super().__init__()
+        self.trunk = Decoder(config) if trunk is None else trunk
+        self.kept_lm_head = {}
+        size = config.hidden_size
+        if head == "mlp":
+            self.score_hidden: nn.Linear | None = nn.Linear(size, 2 * size)
+            self.score = nn.Linear(2 * size, 1)
+        else:
+            self.score_hidden = None
+            self.score = nn.Linear(size, 1)
 
     @classmethod
-    def on_trunk(cls, model: LanguageModel, seed: int) -> Self:
+    def on_trunk(cls, model: LanguageModel, seed: int, head: HeadKind = "linear") -> Self:
         """A copy of the model's decoder under a head drawn from the seed."""
-        scalar = cls(model.config).to(model.device)
-        scalar.model.load_state_dict(model.model.state_dict())
+        scalar = cls(model.config, head, copy.deepcopy(model.trunk).requires_grad_(True))
+        scalar.to(device=model.device, dtype=model.trunk.dtype)
         scalar.initialize_head(seed)
-        if not model.config.tie_embeddings:
-            scalar.kept_lm_head = model.output_weight.detach().cpu().clone()
+        scalar.kept_lm_head = {
+            name: tensor.detach().cpu().clone()
+            for name, tensor in model.state_dict().items()
+            if not name.startswith("trunk.")
+        }
         return scalar
+
+    @property
+    def config(self) -> DecoderConfig:
+        return self.trunk.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.trunk.device
 
     @torch.no_grad()
     def initialize_head(self, seed: int) -> None:
         """N(0, 1 / (D + 1)), bias zero, as in Huang et al., 2024 (the N+ implementation
         details of RLHF with PPO)."""
         generator = torch.Generator(device=self.device).manual_seed(seed)
-        self.score.weight.normal_(std=(self.config.hidden_size + 1) ** -0.5, generator=generator)
-        self.score.bias.zero_()
+        for linear in (self.score_hidden, self.score):
+            if linear is not None:
+                std = (linear.in_features + 1) ** -0.5
+                linear.weight.normal_(std=std, generator=generator)
+                linear.bias.zero_()
 
-    def values(self, token_ids: Tensor) -> Tensor:
-        """[B, S] token ids, right-padded, to [B, S] fp32: the value after each token."""
-        return self.score(self(token_ids)).squeeze(-1).float()
+    def forward(self, token_ids: Tensor, packing: Packing) -> Tensor:
+        """token_ids: [N] int64, packed. Returns the value after each token, [N] fp32."""
+        return self.head(self.trunk(token_ids, packing))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """[..., D] to [...] fp32."""
+        if self.score_hidden is not None:
+            hidden = torch.relu(self.score_hidden(hidden))
+        return self.score(hidden).squeeze(-1).float()

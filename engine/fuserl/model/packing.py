@@ -1,0 +1,55 @@
+"""How sequences lie end to end in one row of tokens, with no padding between them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """B sequences of N tokens in all. The lengths are known on the host: nothing waits for the
+    device to learn a shape."""
+
+    lengths: tuple[int, ...]  # B, each at least 1
+    cu_seqlens: Tensor  # [B + 1] int32: where each sequence starts, and N
+    positions: Tensor  # [N] int64: of each token in its sequence
+    rows: Tensor  # [N] int64: the sequence of each token
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> "Packing":
+        """Raises ValueError where a sequence has no token."""
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"lengths must be positive, and at least one, got {list(lengths)}")
+        starts = [0, *accumulate(lengths)]
+        sizes = torch.tensor(lengths, device=device)
+        rows = torch.arange(len(lengths), device=device).repeat_interleave(
+            sizes, output_size=starts[-1]
+        )
+        first = torch.tensor(starts, device=device)
+        positions = torch.arange(starts[-1], device=device) - first[rows]
+        return cls(tuple(lengths), first.to(torch.int32), positions, rows)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.positions)
+
+    @property
+    def max_length(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def starts(self) -> Tensor:
+        """[B] int64: the index of each sequence's first token."""
+        return self.cu_seqlens[:-1].long()
+
+    @property
+    def last(self) -> Tensor:
+        """[B] int64: the index of each sequence's last token."""
+        return self.cu_seqlens[1:].long() - 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.positions.device
