@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import torch
 
 from fuserl.config import EvaluateConfig
-from fuserl.data.batching import pad_rows
 from fuserl.data.examples import PromptCompletion, load_completions, load_rankings
 from fuserl.device import default_device
 from fuserl.model.config import SMALL_NAMES
@@ -17,7 +16,7 @@ from fuserl.model.folder import is_reward_model, load_scalar_model, resolve_fold
 from fuserl.model.heads import ScalarModel
 from fuserl.policy import Generation, Policy
 from fuserl.rouge import rouge_l
-from fuserl.sequences import last_values
+from fuserl.sequences import Sequences, last_values
 from fuserl.stages.opening import (
     loading,
     open_notes,
@@ -287,6 +286,7 @@ def _scores(model: ScalarModel, sequences: Sequence[Sequence[int]], batch_size: 
     """The head at the last token of each sequence."""
     scores: list[float] = []
     for first in range(0, len(sequences), batch_size):
-        token_ids, lengths = pad_rows(sequences[first : first + batch_size])
-        scores += last_values(model, token_ids.to(model.device), lengths.to(model.device)).tolist()
+        part = sequences[first : first + batch_size]
+        packed = Sequences.of(part, [()] * len(part), model.device)
+        scores += last_values(model, packed).tolist()
     return scores

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fuserl.data.batching import pad_rows
 from fuserl.data.prompt_template import PromptTemplate
 from fuserl.device import default_device
 from fuserl.model.folder import (
@@ -23,7 +22,7 @@ from fuserl.model.folder import (
 from fuserl.model.heads import LanguageModel, ScalarModel
 from fuserl.rollout.decode import check_request, check_token_ids, decode
 from fuserl.rollout.sampling import SamplingParams
-from fuserl.sequences import completion_logprobs, join, mask_of_lengths
+from fuserl.sequences import Sequences, completion_logprobs
 from fuserl.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -152,22 +151,11 @@ class Policy:
             return []
         for name, rows in (("prompt_ids", prompt_ids), ("completion_ids", completion_ids)):
             check_token_ids(self.model.config, name, rows)
-        device = self.model.device
-        prompts, prompt_lengths = (tensor.to(device) for tensor in pad_rows(prompt_ids))
-        completions, lengths = (tensor.to(device) for tensor in pad_rows(completion_ids))
-        if int(prompt_lengths.min()) < 1:
+        if not all(prompt_ids):
             raise ValueError("prompt_ids holds an empty prompt: it needs at least one token")
-        logprobs = completion_logprobs(
-            self.model,
-            join(prompts, prompt_lengths, completions, lengths),
-            prompt_lengths,
-            completions,
-            mask_of_lengths(lengths, completions.shape[1]),
-            temperature,
-        )
-        return [
-            row[:length] for row, length in zip(logprobs.unbind(), lengths.tolist(), strict=True)
-        ]
+        sequences = Sequences.of(prompt_ids, completion_ids, self.model.device)
+        logprobs = completion_logprobs(self.model, sequences, temperature)
+        return list(logprobs.split([len(ids) for ids in completion_ids]))
 
     def save(self, folder: str | Path) -> None:
         """Write a Hugging Face folder: weights, configuration, tokenizer."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from fuserl.batch import RolloutBatch
 from fuserl.data.examples import Prompt
 from fuserl.model.heads import ScalarModel
-from fuserl.sequences import completion_states, joined, last_values
+from fuserl.sequences import Sequences, last_values
 from fuserl.tokenizer import Tokenizer
 
 RewardFunction = Callable[..., Sequence[float | None] | Sequence[Sequence[float]]]
@@ -48,16 +48,12 @@ class ModelReward:
         )
 
     def _score(self, batch: RolloutBatch) -> Tensor:
-        token_ids = joined(batch)
+        sequences = Sequences.of_batch(batch)
         if not self._at_tokens:
-            return last_values(
-                self.model, token_ids, batch.prompt_lengths + batch.completion_lengths
-            )
-        # The value after token t, not before it: one position on from the completion states.
-        values = completion_states(
-            self.model.values(token_ids), batch.prompt_lengths + 1, batch.completions.shape[1]
-        )
-        return torch.where(batch.loss_mask, values, 0.0)
+            return last_values(self.model, sequences)
+        values = self.model(sequences.token_ids, sequences.packing)
+        after = values[sequences.own]  # the value after token t, not before it
+        return sequences.by_slot(after, batch.completions.shape[1])
 
 
 class FunctionReward:

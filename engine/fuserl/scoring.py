@@ -10,7 +10,7 @@ from fuserl.batch import RolloutBatch, ScoredBatch
 from fuserl.data.examples import Prompt
 from fuserl.model.heads import LanguageModel, ScalarModel
 from fuserl.rewards import Reward
-from fuserl.sequences import completion_logprobs, completion_values, joined
+from fuserl.sequences import Sequences, completion_logprobs, completion_values
 
 
 @torch.no_grad()
@@ -35,20 +35,12 @@ def score(
     values: list[Tensor] = []
     for rows in torch.arange(len(batch), device=scores.device).split(microbatch_size):
         part = batch.select(rows)
-        token_ids = joined(part)
-        ref_logprobs.append(
-            completion_logprobs(
-                reference,
-                token_ids,
-                part.prompt_lengths,
-                part.completions,
-                part.loss_mask,
-                temperature,
-            )
-        )
+        sequences, width = Sequences.of_batch(part), part.completions.shape[1]
+        learned = sequences.by_token(part.loss_mask)
+        logprobs = completion_logprobs(reference, sequences, temperature, learned)
+        ref_logprobs.append(sequences.by_slot(logprobs, width))
         if critic is not None:
-            width = part.completions.shape[1]
-            values.append(completion_values(critic, token_ids, part.prompt_lengths, width))
+            values.append(completion_values(critic, sequences, width))
     return ScoredBatch(
         **batch.fields(),
         scores=scores,

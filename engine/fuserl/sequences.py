@@ -1,8 +1,12 @@
-"""Prompt and completion as one right-padded row, and the one-step shift between the two.
+"""Prompts with their completions, packed end to end, and the one-step shift between the two.
 
-The logits after a token speak of the next one, so completion token t is predicted by the hidden
-state at position prompt_length - 1 + t. That shift is written here and nowhere else.
+The logits after a token speak of the next one, so a completion token is predicted by the hidden
+state of the token before it. That shift is written here (`before`) and nowhere else.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -10,32 +14,83 @@ from torch import Tensor
 import fuserl_kernels as fk
 from fuserl.batch import RolloutBatch
 from fuserl.model.heads import LanguageModel, ScalarModel
+from fuserl.model.packing import Packing, rows_and_offsets
 
 
-def join(
-    prompts: Tensor, prompt_lengths: Tensor, completions: Tensor, completion_lengths: Tensor
-) -> Tensor:
-    """[B, P] and [B, T] right-padded rows to [B, S]: completion right after its prompt.
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """B sequences of N tokens, M of them in completions. A tensor "by token" has the completion
+    tokens' numbers end to end, [M]; "by slot" it is right-padded, [B, T]."""
 
-    S is the longest joined row; what follows a row's last token is 0.
-    """
-    if completions.shape[1] == 0:
-        return torch.where(mask_of_lengths(prompt_lengths, prompts.shape[1]), prompts, 0)
-    lengths = prompt_lengths + completion_lengths
-    width = int(lengths.max())
-    slots = torch.arange(width, device=prompts.device).expand(len(prompts), width)
-    completion_slots = slots - prompt_lengths[:, None]
-    from_prompt = prompts.gather(1, slots.clamp(max=prompts.shape[1] - 1))
-    from_completion = completions.gather(
-        1, completion_slots.clamp(min=0, max=completions.shape[1] - 1)
-    )
-    token_ids = torch.where(completion_slots < 0, from_prompt, from_completion)
-    return torch.where(slots < lengths[:, None], token_ids, 0)
+    token_ids: Tensor  # [N] int64, prompt and completion of each sequence in turn
+    packing: Packing
+    prompt_lengths: Tensor  # [B] int64
+    rows: Tensor  # [M] int64, the sequence of each completion token
+    slots: Tensor  # [M] int64, its place in the completion
 
+    @classmethod
+    def of(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        device: torch.device | str = "cpu",
+    ) -> "Sequences":
+        """From lists of token ids, B each; a prompt holds a token at least."""
+        joined = [(*prompt, *ids) for prompt, ids in zip(prompts, completions, strict=True)]
+        return cls(
+            torch.tensor(list(chain.from_iterable(joined)), dtype=torch.int64, device=device),
+            Packing.of([len(row) for row in joined], device),
+            torch.tensor([len(prompt) for prompt in prompts], device=device),
+            *rows_and_offsets([len(ids) for ids in completions], device),
+        )
 
-def joined(batch: RolloutBatch) -> Tensor:
-    """The rows of a batch, [B, S]: see `join`."""
-    return join(batch.prompts, batch.prompt_lengths, batch.completions, batch.completion_lengths)
+    @classmethod
+    def of_batch(cls, batch: RolloutBatch) -> "Sequences":
+        device = batch.prompts.device
+        # One wait for the device; everything after it has sizes the host knows.
+        lengths = torch.stack([batch.prompt_lengths, batch.completion_lengths]).tolist()
+        packing = Packing.of([p + c for p, c in zip(*lengths, strict=True)], device)
+        rows, slots = rows_and_offsets(lengths[1], device)
+        prompt_rows, prompt_slots = rows_and_offsets(lengths[0], device)
+        token_ids = torch.empty(packing.num_tokens, dtype=torch.int64, device=device)
+        starts = packing.starts
+        token_ids[starts[prompt_rows] + prompt_slots] = batch.prompts[prompt_rows, prompt_slots]
+        first = starts + batch.prompt_lengths
+        token_ids[first[rows] + slots] = batch.completions[rows, slots]
+        return cls(token_ids, packing, batch.prompt_lengths, rows, slots)
+
+    @property
+    def own(self) -> Tensor:
+        """[M] int64: where each completion token is among the N."""
+        return (self.packing.starts + self.prompt_lengths)[self.rows] + self.slots
+
+    @property
+    def before(self) -> Tensor:
+        """[M] int64: the token before each completion token, whose state predicts it."""
+        return self.own - 1
+
+    @property
+    def completion_ids(self) -> Tensor:
+        """[M] int64"""
+        return self.token_ids[self.own]
+
+    def by_token(self, padded: Tensor) -> Tensor:
+        """[B, T] to [M]."""
+        return padded[self.rows, self.slots]
+
+    def by_slot(self, packed: Tensor, width: int) -> Tensor:
+        """[M] to [B, T], T = width, 0 behind a completion's end."""
+        padded = packed.new_zeros(len(self.prompt_lengths), width)
+        return padded.index_put((self.rows, self.slots), packed)
+
+    def states_by_slot(self, states: Tensor, width: int) -> Tensor:
+        """What was known before each completion token, [N] to [B, T], T = width: slot t is the
+        token before completion token t. The slot behind a completion's end is its last token;
+        those after it repeat that (they are masked wherever they are used)."""
+        first = self.packing.starts + self.prompt_lengths - 1
+        slots = torch.arange(width, device=states.device)
+        where = torch.minimum(first[:, None] + slots, self.packing.last[:, None])
+        return states[where]
 
 
 def mask_of_lengths(lengths: Tensor, width: int) -> Tensor:
@@ -43,42 +98,32 @@ def mask_of_lengths(lengths: Tensor, width: int) -> Tensor:
     return torch.arange(width, device=lengths.device) < lengths[:, None]
 
 
-def completion_states(states: Tensor, prompt_lengths: Tensor, width: int) -> Tensor:
-    """What was known before each completion token: [B, S, ...] by position to [B, T, ...] by
-    completion slot, T = width. Slot t is position prompt_length - 1 + t; slots past the row's
-    last position repeat it (they are masked wherever they are used)."""
-    slots = prompt_lengths[:, None] - 1 + torch.arange(width, device=states.device)
-    slots = slots.clamp(max=states.shape[1] - 1)
-    rows = torch.arange(len(states), device=states.device)[:, None]
-    return states[rows, slots]
-
-
 def completion_logprobs(
     model: LanguageModel,
-    token_ids: Tensor,
-    prompt_lengths: Tensor,
-    completions: Tensor,
-    loss_mask: Tensor,
+    sequences: Sequences,
     temperature: float = 1.0,
+    loss_mask: Tensor | None = None,
 ) -> Tensor:
-    """Log-probabilities of the completion tokens, [B, T] fp32, 0 where loss_mask is False.
-
-    token_ids: [B, S] from `join`. Differentiable in the model's parameters.
-    """
-    states = completion_states(model(token_ids), prompt_lengths, completions.shape[1])
+    """Log-probabilities of the completion tokens, [M] fp32, 0 where loss_mask ([M]) is False.
+    Differentiable in the model's parameters."""
+    hidden = model(sequences.token_ids, sequences.packing)
     return fk.linear_token_logprobs(
-        states, model.output_weight, completions, temperature=temperature, loss_mask=loss_mask
+        hidden.index_select(0, sequences.before),
+        model.output_weight,
+        sequences.completion_ids,
+        bias=model.output_bias,
+        softcap=model.config.final_softcap,
+        temperature=temperature,
+        loss_mask=loss_mask,
     )
 
 
-def completion_values(
-    model: ScalarModel, token_ids: Tensor, prompt_lengths: Tensor, width: int
-) -> Tensor:
-    """The scalar head before each completion token, [B, T] fp32."""
-    return completion_states(model.values(token_ids), prompt_lengths, width)
+def completion_values(model: ScalarModel, sequences: Sequences, width: int) -> Tensor:
+    """The scalar head before each completion token, [B, T] fp32, T = width."""
+    values = model(sequences.token_ids, sequences.packing)
+    return sequences.states_by_slot(values, width)
 
 
-def last_values(model: ScalarModel, token_ids: Tensor, lengths: Tensor) -> Tensor:
-    """The scalar head at each row's last token, [B] fp32: the score of a whole sequence."""
-    values = model.values(token_ids)
-    return values.gather(1, lengths[:, None] - 1).squeeze(1)
+def last_values(model: ScalarModel, sequences: Sequences) -> Tensor:
+    """The scalar head at each sequence's last token, [B] fp32: the score of the whole."""
+    return model(sequences.token_ids, sequences.packing)[sequences.packing.last]

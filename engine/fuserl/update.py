@@ -15,7 +15,7 @@ from fuserl.conventions import conventions
 from fuserl.metrics import WeightedMean
 from fuserl.model.heads import LanguageModel, ScalarModel
 from fuserl.optimizer import Optimizer
-from fuserl.sequences import completion_states, completion_values, joined
+from fuserl.sequences import Sequences, completion_values
 from fuserl.shaping import whitened
 from fuserl_kernels.presets import Preset
 from fuserl_kernels.reference.value import LEAST_SPREAD
@@ -72,24 +72,22 @@ def _step(
         batch = whitened(batch, preset)
     policy_tokens = batch.loss_mask.sum()
     value_tokens = _value_loss_mask(batch, preset).sum()
-    # Rows of like length share a microbatch, and so little padding is computed.
-    order = (batch.prompt_lengths + batch.completion_lengths).argsort()
     totals = WeightedMean()
     predicted: list[Tensor] = []
     aimed: list[Tensor] = []
-    for rows in order.split(config.microbatch_size):
+    for rows in torch.arange(len(batch), device=batch.prompts.device).split(config.microbatch_size):
         part = batch.select(rows)
-        token_ids = joined(part)
-        states = completion_states(
-            policy(token_ids), part.prompt_lengths, part.completions.shape[1]
-        )
+        sequences = Sequences.of_batch(part)
+        hidden = policy(sequences.token_ids, sequences.packing)
         loss, metrics = fk.linear_policy_loss(
-            states,
+            hidden.index_select(0, sequences.before),
             policy.output_weight,
-            part.completions,
-            part.logprobs,
-            part.advantages,
-            part.loss_mask,
+            sequences.completion_ids,
+            sequences.by_token(part.logprobs),
+            sequences.by_token(part.advantages),
+            sequences.by_token(part.loss_mask),
+            bias=policy.output_bias,
+            softcap=policy.config.final_softcap,
             temperature=config.temperature,
             denominator=policy_tokens,
             clip=ALGORITHMS[config.algorithm].clip,
@@ -101,9 +99,7 @@ def _step(
         metrics["val/ratio_var"] = around_one  # a second moment adds up; see below
         totals.add(metrics, weight=part.loss_mask.sum())
         if critic is not None and part.values is not None:
-            values = completion_values(
-                critic, token_ids, part.prompt_lengths, part.completions.shape[1]
-            )
+            values = completion_values(critic, sequences, part.completions.shape[1])
             learned = _value_loss_mask(part, preset)
             value_loss, metrics = fk.value_loss(
                 values,

@@ -131,15 +131,15 @@ def _by_sdpa(
     grouped = query.shape[1] != key.shape[1]
     parts = []
     for q, k, v in zip(*(x.split(lengths) for x in (query, key, value)), strict=True):
-        heads = [x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)]  # [1, heads, S, head_dim]
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, heads, S, head_dim]
         mask = None
-        if window is not None and window < len(q):
-            mask = _window_mask(len(q), window, q.device)
+        if window is not None and window < q.shape[2]:
+            mask = _window_mask(q.shape[2], window, q.device)
         if softcap is not None:
-            out = _capped(*heads, scale, mask, softcap)
+            out = _capped(q, k, v, scale, mask, softcap)
         else:
             out = F.scaled_dot_product_attention(
-                *heads, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
             )
         parts.append(out.squeeze(0).transpose(0, 1))
     return torch.cat(parts)

@@ -7,9 +7,7 @@ prompt, then those of its own slot. Rows are dropped by dropping their numbers: 
 import torch
 from torch import Tensor
 
-import fuserl_kernels as fk
 from fuserl.model.config import DecoderConfig
-from fuserl.model.decoder import Attention, PackedStep
 from fuserl.model.packing import Packing
 
 
@@ -52,57 +50,3 @@ class KVCache:
         self.prompt_of_row = self.prompt_of_row[rows]
         self.slots = self.slots[rows]
         self.lengths = self.lengths[rows]
-
-
-class PrefillStep(PackedStep):
-    """The prompts, whose keys go into the cache."""
-
-    def __init__(self, cache: KVCache) -> None:
-        super().__init__(cache.prompts)
-        self._cache = cache
-
-    def attend(self, attention: Attention, qkv: Tensor) -> Tensor:
-        out, key, value = self._attend(attention, qkv)
-        where = (self.packing.rows, slice(None), self.positions)
-        self._cache.prefix_keys[attention.layer][where] = key
-        self._cache.prefix_values[attention.layer][where] = value
-        return out
-
-
-class DecodeStep:
-    """The next token of every row. `advance` ends it."""
-
-    def __init__(self, cache: KVCache) -> None:
-        self._cache = cache
-        self._offsets = cache.lengths
-        self._lengths = cache.lengths + 1
-        self.positions = cache.prompt_lengths[cache.prompt_of_row] + cache.lengths
-
-    def attend(self, attention: Attention, qkv: Tensor) -> Tensor:
-        cache, layer = self._cache, attention.layer
-        query = attention.rotary_kv_write(
-            qkv,
-            self.positions,
-            cache.num_positions,
-            cache.keys[layer],
-            cache.values[layer],
-            cache.slots,
-            self._offsets,
-        )
-        return fk.decode_attention(
-            query,
-            cache.keys[layer],
-            cache.values[layer],
-            self._lengths,
-            slots=cache.slots,
-            prefix_keys=cache.prefix_keys[layer],
-            prefix_values=cache.prefix_values[layer],
-            prefix_ids=cache.prompt_of_row,
-            prefix_lengths=cache.prompt_lengths,
-            scale=attention.scale,
-            window=attention.window,
-            softcap=attention.softcap,
-        )
-
-    def advance(self) -> None:
-        self._cache.lengths = self._lengths

@@ -2,14 +2,14 @@
 
 Sequences are packed end to end: N tokens, no padding, nothing computed that is not read. What a
 family is made of are switches of its DecoderConfig. How attention finds the keys of a token is
-the step's business (a `Step`): among the tokens of the same pass while training, in the cache
+the step's business (steps.py): among the tokens of the same pass while training, in the cache
 while decoding; everything else is written once, here.
 
 The residual stream is carried as two tensors, the stream and the last branch not yet added to it,
 so that adding and the next norm are one kernel.
 """
 
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fuserl_kernels as fk
-from fuserl.model.attention import packed_attention
+from fuserl.model.cache import KVCache
 from fuserl.model.config import DecoderConfig
 from fuserl.model.packing import Packing
 from fuserl.model.rotary import RotaryTable
+from fuserl.model.steps import DecodeStep, PackedStep, PrefillStep, Step
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -55,17 +56,6 @@ class Norm(nn.Module):
                 branch, self.weight, residual=stream, eps=self.eps, weight_offset=self.offset
             )
         return fk.layer_norm(branch, self.weight, self.bias, residual=stream, eps=self.eps)
-
-
-class Step(Protocol):
-    """One pass over the layers: which tokens, and where their keys are."""
-
-    @property
-    def positions(self) -> Tensor:
-        """[N] int64: of each token in its sequence."""
-
-    def attend(self, attention: "Attention", qkv: Tensor) -> Tensor:
-        """[N, (num_heads + 2 num_kv_heads) * head_dim] to [N, num_heads, head_dim]."""
 
 
 class Attention(nn.Module):
@@ -156,9 +146,7 @@ class Layer(nn.Module):
         self.post_attn_norm = Norm(config) if config.post_norms else None
         self.post_mlp_norm = Norm(config) if config.post_norms else None
 
-    def forward(
-        self, branch: Tensor | None, stream: Tensor, step: Step
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, branch: Tensor | None, stream: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """branch: what the layer before has not yet added to the stream, [N, D] each."""
         normed, stream = self.attn_norm.add(branch, stream)
         attended = self.attn(normed, step)
@@ -212,6 +200,21 @@ class Decoder(nn.Module):
         """token_ids: [N] int64, packed. Returns the hidden states after the final norm, [N, D]."""
         return self.run(token_ids, PackedStep(packing))
 
+    def new_cache(self, prompts: Packing, prompt_of_row: Tensor, capacity: int) -> KVCache:
+        """An empty cache: see KVCache."""
+        return KVCache(self.config, prompts, prompt_of_row, capacity, self.dtype)
+
+    def prefill(self, token_ids: Tensor, cache: KVCache) -> Tensor:
+        """The prompts, [N] packed, into the cache; their hidden states, [N, D]."""
+        return self.run(token_ids, PrefillStep(cache))
+
+    def decode(self, token_ids: Tensor, cache: KVCache) -> Tensor:
+        """One more token of every row, [B], into the cache; its hidden state, [B, D]."""
+        step = DecodeStep(cache)
+        hidden = self.run(token_ids, step)
+        step.advance()
+        return hidden
+
     def run(self, token_ids: Tensor, step: Step) -> Tensor:
         """The whole decoder in one step of any kind. [N] to [N, D], after the final norm."""
         return self.upper(self.lower(token_ids, step, 0), step, 0)
@@ -255,27 +258,3 @@ class Decoder(nn.Module):
                 module.weight.normal_(std=self.config.init_std, generator=generator)
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     module.bias.zero_()
-
-
-class PackedStep:
-    """Training and scoring: a token's keys are in the same pass. Keeps nothing."""
-
-    def __init__(self, packing: Packing) -> None:
-        self.packing = packing
-        self.positions = packing.positions
-
-    def attend(self, attention: Attention, qkv: Tensor) -> Tensor:
-        return self._attend(attention, qkv)[0]
-
-    def _attend(self, attention: Attention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = attention.rotary(qkv, self.positions, self.packing.max_length)
-        out = packed_attention(
-            query,
-            key,
-            value,
-            self.packing,
-            scale=attention.scale,
-            window=attention.window,
-            softcap=attention.softcap,
-        )
-        return out, key, value

@@ -8,6 +8,18 @@ import torch
 from torch import Tensor
 
 
+def rows_and_offsets(
+    lengths: Sequence[int], device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """The sequence of each token and its place in it, [N] int64 each, of sequences packed end to
+    end; a length may be 0."""
+    starts = torch.tensor([0, *accumulate(lengths)], device=device)
+    rows = torch.arange(len(lengths), device=device).repeat_interleave(
+        torch.tensor(lengths, device=device), output_size=sum(lengths)
+    )
+    return rows, torch.arange(sum(lengths), device=device) - starts[rows]
+
+
 @dataclass(frozen=True, slots=True)
 class Packing:
     """B sequences of N tokens in all. The lengths are known on the host: nothing waits for the
@@ -23,14 +35,9 @@ class Packing:
         """Raises ValueError where a sequence has no token."""
         if not lengths or min(lengths) < 1:
             raise ValueError(f"lengths must be positive, and at least one, got {list(lengths)}")
-        starts = [0, *accumulate(lengths)]
-        sizes = torch.tensor(lengths, device=device)
-        rows = torch.arange(len(lengths), device=device).repeat_interleave(
-            sizes, output_size=starts[-1]
-        )
-        first = torch.tensor(starts, device=device)
-        positions = torch.arange(starts[-1], device=device) - first[rows]
-        return cls(tuple(lengths), first.to(torch.int32), positions, rows)
+        rows, positions = rows_and_offsets(lengths, device)
+        cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        return cls(tuple(lengths), cu_seqlens, positions, rows)
 
     @property
     def num_tokens(self) -> int:

@@ -68,9 +68,7 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     return (1 - kept) * frequencies / scaling.factor + kept * frequencies
 
 
-def _yarn(
-    frequencies: Tensor, rope: Rope, scaling: RopeScaling, dim: int
-) -> tuple[Tensor, float]:
+def _yarn(frequencies: Tensor, rope: Rope, scaling: RopeScaling, dim: int) -> tuple[Tensor, float]:
     """Dimensions that turn less than beta_slow times in the original length are stretched, those
     that turn more than beta_fast times kept, and those between blended by their number."""
 

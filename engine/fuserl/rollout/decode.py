@@ -1,8 +1,8 @@
 """The decode loop: ragged prompts in, sampled completions with their log-probabilities out.
 
-Prompts are computed once, whatever the number of samples of each. A row's randomness is keyed by
-(seed, request id, completion index), so its draws do not depend on the rows beside it. Rows that
-ended are dropped from the batch once they are a quarter of it.
+Prompts are computed and cached once, whatever the number of samples of each. A row's randomness
+is keyed by (seed, request id, completion index), so its draws do not depend on the rows beside it.
+Rows that ended are dropped from the batch once they are a quarter of it.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,13 +13,13 @@ from torch import Tensor
 
 import fuserl_kernels as fk
 from fuserl.data.batching import pad_rows
-from fuserl.model.cache import KVCache
 from fuserl.model.config import DecoderConfig
 from fuserl.model.heads import LanguageModel
+from fuserl.model.packing import Packing
 from fuserl.rollout.sampling import SamplingParams
 
 KEEP_SHARE = 0.75
-"""Live share of the rows below which the ended ones are dropped from the cache."""
+"""Live share of the rows below which the ended ones are dropped from the batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,15 +64,11 @@ def decode(
         request_ids = range(len(rows))
     requests = torch.tensor(list(request_ids), device=device)
 
-    # An ended row decodes on, unread, until it is dropped: its slots must exist.
-    capacity = padded.shape[1] + max(limits)
-    cache = KVCache(model.config, lengths, capacity, model.output_weight.dtype)
-    hidden = model(padded, cache)
-    hidden = hidden[torch.arange(len(prompts), device=device), lengths - 1]  # [prompts, D]
-    cache.begin_decode(padded.shape[1])
-    if num_samples > 1:
-        cache.keep(rows)
-        hidden = hidden[rows]
+    # An ended row decodes on, unread, until it is dropped: its slot has room for that.
+    packing = Packing.of([len(prompt) for prompt in prompts], device)
+    cache = model.trunk.new_cache(packing, rows, max(limits))
+    hidden = model.trunk.prefill(padded[packing.rows, packing.positions], cache)
+    hidden = hidden[packing.last[rows]]  # [rows, D]
 
     width = max(limits)
     token_ids = torch.zeros(len(rows), width, dtype=torch.int64, device=device)
@@ -83,7 +79,7 @@ def decode(
     for step in range(width):
         if on_step is not None:
             on_step()
-        logits = hidden @ model.output_weight.T
+        logits = model.logits(hidden)
         drawn, drawn_logprobs, _ = fk.sample_tokens(
             logits,
             temperature=sampling.temperature,
@@ -112,9 +108,7 @@ def decode(
         if num_running <= KEEP_SHARE * len(live):
             cache.keep(running.nonzero().squeeze(1))
             live, drawn = live[running], drawn[running]
-        cache.begin_step()
-        hidden = model(drawn[:, None], cache)[:, 0]
-        cache.end_step()
+        hidden = model.trunk.decode(drawn, cache)
 
     longest = int(ended_at.max())
     return Completions(

@@ -12,7 +12,6 @@ from torch import Tensor
 import fuserl_kernels as fk
 from fuserl.checkpoint import digest, digest_ids
 from fuserl.config import RewardConfig
-from fuserl.data.batching import pad_rows
 from fuserl.data.examples import Ranking, load_rankings
 from fuserl.data.rows import Source, source_name
 from fuserl.device import default_device
@@ -27,7 +26,7 @@ from fuserl.model.heads import ScalarModel
 from fuserl.optimizer import Optimizer
 from fuserl.policy import Policy, save_folder
 from fuserl.run import Run, prepare_folder
-from fuserl.sequences import last_values
+from fuserl.sequences import Sequences, last_values
 from fuserl.stages.opening import loading, open_notes, open_policy, open_tokenizer, tell
 from fuserl.stages.supervised import evaluate_on, plan_epochs, train_on
 from fuserl.tokenizer import Tokenizer
@@ -169,11 +168,9 @@ class PairwiseLoss:
 
     def scores(self, rankings: Sequence[Ranking]) -> Tensor:
         """One score a completion, [completions] fp32, in the rankings' order."""
-        token_ids, lengths = pad_rows(
-            [(*r.prompt_ids, *completion) for r in rankings for completion in r.completions]
-        )
-        device = self._model.device
-        return last_values(self._model, token_ids.to(device), lengths.to(device))
+        prompts = [ranking.prompt_ids for ranking in rankings for _ in ranking.completions]
+        completions = [ids for ranking in rankings for ids in ranking.completions]
+        return last_values(self._model, Sequences.of(prompts, completions, self._model.device))
 
     @torch.no_grad()
     def center(self, num_rankings: int = 256) -> float:

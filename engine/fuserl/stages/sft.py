@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fuserl.checkpoint import digest, digest_ids, digest_tokenizer
 from fuserl.config import SFTConfig
-from fuserl.data.batching import pad_rows
 from fuserl.data.examples import PromptCompletion, load_completions
 from fuserl.data.formats import training_texts
 from fuserl.data.rows import Source, read_rows, source_name
@@ -20,7 +19,7 @@ from fuserl.model.heads import LanguageModel
 from fuserl.optimizer import Optimizer
 from fuserl.policy import Policy
 from fuserl.run import Run, prepare_folder
-from fuserl.sequences import completion_logprobs, join, mask_of_lengths
+from fuserl.sequences import Sequences, completion_logprobs
 from fuserl.stages.opening import (
     loading,
     open_notes,
@@ -137,20 +136,13 @@ class CompletionLoss:
         return sum(len(self._examples[row].completion_ids) for row in rows)
 
     def loss(self, rows: Sequence[int]) -> tuple[Tensor, Mapping[str, Tensor]]:
-        device = self._model.device
         examples = [self._examples[row] for row in rows]
-        prompts, prompt_lengths = pad_rows([e.prompt_ids for e in examples])
-        completions, lengths = pad_rows([e.completion_ids for e in examples])
-        prompts, prompt_lengths = prompts.to(device), prompt_lengths.to(device)
-        completions, lengths = completions.to(device), lengths.to(device)
-        logprobs = completion_logprobs(
-            self._model,
-            join(prompts, prompt_lengths, completions, lengths),
-            prompt_lengths,
-            completions,
-            mask_of_lengths(lengths, completions.shape[1]),
+        sequences = Sequences.of(
+            [e.prompt_ids for e in examples],
+            [e.completion_ids for e in examples],
+            self._model.device,
         )
-        return -logprobs.sum() / self.weight(rows), {}
+        return -completion_logprobs(self._model, sequences).sum() / self.weight(rows), {}
 
 
 def _whole_text(example: PromptCompletion) -> PromptCompletion:
