@@ -1,4 +1,5 @@
-"""Learning rates by step, gradients that must be finite, and moments that survive."""
+"""Learning rates by step, gradients that must be finite, moments that survive, and fp32 masters
+of narrower weights."""
 
 import math
 from typing import Any
@@ -28,6 +29,12 @@ def layer(seed: int = 0) -> nn.Linear:
 def give(module: nn.Module, value: float) -> None:
     for parameter in module.parameters():
         parameter.grad = torch.full_like(parameter, value)
+
+
+def give_wide(module: nn.Module, value: float) -> None:
+    """fp32 gradients, as the optimizer asks of bf16 weights."""
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, value, dtype=torch.float32)
 
 
 def weights(*modules: nn.Module) -> list[Tensor]:
@@ -176,3 +183,103 @@ def test_moments_survive() -> None:
         give(module, 0.3)
         own.step()
     assert same(weights(first), weights(second))
+
+
+def test_updates_too_small_for_bf16_add_up() -> None:
+    """A weight of 1 moves by no less than 2^-8 in bf16; fifty steps of 2^-10 must move it."""
+    module = nn.Linear(3, 2).bfloat16()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(1.0)
+    places = [parameter.data_ptr() for parameter in module.parameters()]
+    optimizer = Optimizer({"m": module}, config(learning_rate=2.0**-10), total_steps=100)
+    give_wide(module, 1.0)
+    optimizer.step()
+    assert all(bool((p == 1).all()) for p in module.parameters()), "rounded back to where it was"
+    for _ in range(49):
+        give_wide(module, 1.0)
+        optimizer.step()
+    for parameter in module.parameters():
+        torch.testing.assert_close(
+            parameter.float(), torch.full(parameter.shape, 1 - 50 * 2.0**-10), rtol=2**-8, atol=0
+        )
+    assert [parameter.data_ptr() for parameter in module.parameters()] == places
+    assert all(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
+
+
+def test_bf16_weights_are_the_rounded_weights_of_an_fp32_run() -> None:
+    """Equal gradients move the masters as they move fp32 weights, bit for bit."""
+    wide, copies = layer(), layer().bfloat16()
+    with torch.no_grad():
+        for ours, theirs in zip(copies.parameters(), wide.parameters(), strict=True):
+            theirs.copy_(ours)
+    options = {"weight_decay": 0.1, "schedule": "linear"}
+    optimizers = [
+        Optimizer({"m": module}, config(**options), total_steps=4) for module in (wide, copies)
+    ]
+    for value in (1.0, -0.25, 3.0, 0.001):
+        give(wide, value)
+        give_wide(copies, value)
+        first, second = (optimizer.step() for optimizer in optimizers)
+        assert torch.equal(first["grad_norm/m"], second["grad_norm/m"])
+    assert same([tensor.bfloat16() for tensor in weights(wide)], weights(copies))
+
+
+def test_gradients_of_bf16_weights_add_up_in_fp32() -> None:
+    """A thousand microbatches of 1/256 each: a bf16 sum stops growing at 1."""
+    module = nn.Linear(1, 1, bias=False).bfloat16()
+    Optimizer({"m": module}, config(), total_steps=1)
+    for _ in range(1000):
+        module(torch.full((1, 1), 2.0**-8, dtype=torch.bfloat16)).sum().backward()
+    grad = module.weight.grad
+    assert grad is not None
+    assert grad.dtype == torch.float32
+    assert grad.item() == 1000 * 2.0**-8
+
+
+def test_masters_survive() -> None:
+    """What the weights lost by rounding is in the state: a resumed run goes on with equal bits."""
+    first = layer().bfloat16()
+    optimizer = Optimizer({"m": first}, config(learning_rate=1e-3), total_steps=9)
+    for value in (1.0, -0.5):
+        give_wide(first, value)
+        optimizer.step()
+    second = layer(1).bfloat16()
+    resumed = Optimizer({"m": second}, config(learning_rate=1e-3), total_steps=9)
+    state = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+    assert state["m.weight.master"].dtype == torch.float32
+    resumed.load_state(state, steps=2)
+    assert same(weights(first), weights(second)), "the weights are the rounded masters"
+    for _ in range(5):
+        for module, own in ((first, optimizer), (second, resumed)):
+            give_wide(module, 0.3)
+            own.step()
+    assert same(weights(first), weights(second))
+    ours, theirs = optimizer.state(), resumed.state()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_bad_gradient_changes_no_master() -> None:
+    module = layer().bfloat16()
+    optimizer = Optimizer({"m": module}, config(), total_steps=9)
+    give_wide(module, 1.0)
+    optimizer.step()
+    before, state = weights(module), {k: v.clone() for k, v in optimizer.state().items()}
+    give_wide(module, math.nan)
+    optimizer.step()
+    assert same(weights(module), before)
+    assert all(torch.equal(state[name], tensor) for name, tensor in optimizer.state().items())
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_parameters_cost_nothing(dtype: torch.dtype) -> None:
+    module = layer().to(dtype)
+    module.weight.requires_grad_(False)
+    optimizer = Optimizer({"m": module}, config(weight_decay=0.5), total_steps=9)
+    before = module.weight.clone()
+    module(torch.ones(1, 3, dtype=dtype)).sum().backward()
+    optimizer.step()
+    assert torch.equal(module.weight, before)
+    assert {name.split(".")[1] for name in optimizer.state()} == {"bias"}
