@@ -14,7 +14,9 @@ def rms_norm(x, weight, *, residual=None, eps=1e-6, weight_offset=0.0):  # type:
 
 def layer_norm(x, weight, bias=None, *, residual=None, eps=1e-5):  # type: ignore
     s = x if residual is None else x + residual
-    y = F.layer_norm(s, s.shape[-1:], weight.to(s.dtype), None if bias is None else bias.to(s.dtype), eps)
+    y = F.layer_norm(
+        s, s.shape[-1:], weight.to(s.dtype), None if bias is None else bias.to(s.dtype), eps
+    )
     return y if residual is None else (y, s)
 
 
@@ -37,7 +39,20 @@ def _rotate(x, cos, sin, interleaved):  # type: ignore
     return torch.cat((out.to(x.dtype), rest), -1)
 
 
-def rotary(qkv, cos, sin, positions, *, num_heads, num_kv_heads, interleaved=False, q_norm_weight=None, k_norm_weight=None, eps=1e-6, weight_offset=0.0):  # type: ignore  # noqa: E501
+def rotary(
+    qkv,
+    cos,
+    sin,
+    positions,
+    *,
+    num_heads,
+    num_kv_heads,
+    interleaved=False,
+    q_norm_weight=None,
+    k_norm_weight=None,
+    eps=1e-6,
+    weight_offset=0.0,
+):  # type: ignore  # noqa: E501
     heads = qkv.view(len(qkv), num_heads + 2 * num_kv_heads, -1)
     q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     if q_norm_weight is not None:
@@ -56,7 +71,21 @@ def rotary_kv_write(qkv, cos, sin, positions, key_cache, value_cache, slots, off
     return q
 
 
-def decode_attention(query, key_cache, value_cache, lengths, *, slots=None, prefix_keys=None, prefix_values=None, prefix_ids=None, prefix_lengths=None, scale=None, window=None, softcap=None):  # type: ignore  # noqa: E501
+def decode_attention(
+    query,
+    key_cache,
+    value_cache,
+    lengths,
+    *,
+    slots=None,
+    prefix_keys=None,
+    prefix_values=None,
+    prefix_ids=None,
+    prefix_lengths=None,
+    scale=None,
+    window=None,
+    softcap=None,
+):  # type: ignore  # noqa: E501
     outs = []
     for b in range(len(query)):
         slot = b if slots is None else int(slots[b])

@@ -246,7 +246,7 @@ def test_no_prompts_give_no_completions(make_model: MakeModel) -> None:
 def test_broken_weights_are_named(make_model: MakeModel, temperature: float) -> None:
     model = make_model()
     with torch.no_grad():
-        model.model.norm.weight.fill_(torch.nan)
+        model.trunk.norm.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match=r"no distribution \(NaN.*request 3.*token 0.*weights"):
         without_tokenizer(model).generate(
             PROMPTS[:1], max_new_tokens=4, temperature=temperature, first_request_id=3

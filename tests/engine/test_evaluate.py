@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from packed import run_one
 
 from fuserl.config import EvaluateConfig
 from fuserl.device import default_device
@@ -62,8 +63,7 @@ def test_a_policy(config: EvaluateConfig, rows: Rows) -> None:
         assert line["reference"] == row["completion"]
         with torch.no_grad():
             ours, theirs = (
-                scorer.values(torch.tensor([prompt + ids]))[0, -1].item()
-                for ids in (out.token_ids[0], completion)
+                run_one(scorer, prompt + ids)[-1].item() for ids in (out.token_ids[0], completion)
             )
         assert line["score"] == pytest.approx(ours, abs=1e-5)
         assert line["reference_score"] == pytest.approx(theirs, abs=1e-5)
@@ -141,7 +141,7 @@ def test_a_reward_model(reward_folder: Path, data: Path, rows: Rows) -> None:
     right, loss = [], 0.0
     for row in rows[:9]:
         chosen, rejected = (
-            scorer.values(torch.tensor([sum(token_ids(policy, row, key), [])]))[0, -1]  # noqa: RUF017
+            run_one(scorer, sum(token_ids(policy, row, key), []))[-1]  # noqa: RUF017
             for key in ("chosen", "rejected")
         )
         right.append(float(chosen > rejected))

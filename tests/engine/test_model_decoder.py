@@ -1,33 +1,78 @@
-"""The decoder against transformers' Llama, cached decoding against one full forward, and the
-promise that padding changes nothing."""
+"""The decoder's own promises, for each switch: packing changes nothing, cached decoding equals one
+full forward, layers recomputed in the backward pass give the same bits. That it equals
+transformers' models is test_families.py."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from packed import run, run_one
+from torch import Tensor, nn
 
-from fuserl.model.cache import KVCache
-from fuserl.model.config import DecoderConfig, small_config
-from fuserl.model.decoder import Decoder
+from fuserl.model.attention import choice, packed_attention
+from fuserl.model.config import DecoderConfig, Rope, RopeScaling, small_config
 from fuserl.model.heads import LanguageModel, ScalarModel
+from fuserl.model.packing import Packing
+from fuserl.model.steps import PackedStep
 
 GROUPED = DecoderConfig(
     vocab_size=61,
     hidden_size=32,
     intermediate_size=48,
-    num_layers=2,
+    num_layers=3,
     num_heads=4,
     num_kv_heads=2,
     head_dim=8,
+    max_positions=64,
 )
 CONFIGS = {
     "grouped_tied": GROUPED,
     "multi_head_untied_biased": dataclasses.replace(
-        GROUPED, num_kv_heads=4, tie_embeddings=False, attention_bias=True, mlp_bias=True
+        GROUPED,
+        num_kv_heads=4,
+        tie_embeddings=False,
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        head_bias=True,
     ),
     "one_kv_head_wide_heads": dataclasses.replace(
-        GROUPED, num_kv_heads=1, head_dim=12, rope_theta=5e5, rms_norm_eps=1e-6
+        GROUPED, num_kv_heads=1, head_dim=12, rope=Rope(theta=5e5), norm_eps=1e-6
+    ),
+    "window_qk_norm_yarn": dataclasses.replace(
+        GROUPED,
+        window=4,
+        qk_norm=True,
+        rope=Rope(scaling=RopeScaling(kind="yarn", factor=4.0, original_max_positions=16)),
+    ),
+    "gemma_like": dataclasses.replace(
+        GROUPED,
+        window=3,
+        window_layers=(True, False, True),
+        local_rope=Rope(theta=100.0),
+        norm_weight_offset=1.0,
+        post_norms=True,
+        attention_softcap=5.0,
+        final_softcap=3.0,
+        attention_scale=0.5,
+        embedding_scale=32**0.5,
+        activation="gelu_tanh",
+    ),
+    "learned_positions": dataclasses.replace(
+        GROUPED, rope=None, norm="layer", gated_mlp=False, activation="gelu_tanh", qkv_bias=True
+    ),
+    "parallel": dataclasses.replace(
+        GROUPED, parallel_residual=True, norm="layer", gated_mlp=False, rope=Rope(dim=4)
+    ),
+    "parallel_one_norm": dataclasses.replace(
+        GROUPED,
+        parallel_residual=True,
+        shared_norm=True,
+        norm="layer",
+        gated_mlp=False,
+        activation="gelu",
+        rope=Rope(dim=6, interleaved=True),
     ),
 }
 
@@ -35,181 +80,161 @@ config_of_each_kind = pytest.mark.parametrize("config", CONFIGS.values(), ids=CO
 
 
 @torch.no_grad()
-def scramble(model: Decoder) -> Decoder:
+def scramble(model: nn.Module) -> Any:
     """Weights of ordinary size everywhere, biases and norms included, so that every parameter
     shows in the output."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
-        if "norm" in name:
+        if "norm" in name and name.endswith("weight"):
             parameter.uniform_(0.5, 1.5, generator=generator)
         else:
             parameter.normal_(std=0.3, generator=generator)
     return model
 
 
-def random_tokens(config: DecoderConfig, batch: int, length: int) -> Tensor:
-    return torch.randint(config.vocab_size, (batch, length))
+def random_rows(lengths: list[int]) -> list[list[int]]:
+    return [torch.randint(61, (length,)).tolist() for length in lengths]
 
 
-def logits(model: LanguageModel, hidden: Tensor) -> Tensor:
-    return hidden @ model.output_weight.T
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
 
 
-@config_of_each_kind
-def test_logits_and_gradients_equal_transformers(config: DecoderConfig) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    ours = scramble(LanguageModel(config))
-    theirs = LlamaForCausalLM(LlamaConfig(**config.to_hf(), attn_implementation="eager"))
-    keys = theirs.load_state_dict(ours.state_dict(), strict=False)
-    assert keys.unexpected_keys == []
-    assert keys.missing_keys == (["lm_head.weight"] if config.tie_embeddings else [])
-
-    token_ids = random_tokens(config, 3, 17)
-    our_logits = logits(ours, ours(token_ids))
-    their_logits = theirs(token_ids).logits
-    assert our_logits.std() > 0.5
-    torch.testing.assert_close(our_logits, their_logits, rtol=1e-5, atol=1e-5)
-
-    weights = torch.randn_like(our_logits)
-    (our_logits.log_softmax(-1) * weights).mean().backward()
-    (their_logits.log_softmax(-1) * weights).mean().backward()
-    their_gradients = {name: p.grad for name, p in theirs.named_parameters()}
-    for name, parameter in ours.named_parameters():
-        scale = parameter.grad.abs().max().item()
+def assert_gradients_near(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name, gradient in want.items():
+        scale = gradient.abs().max().item()
         assert scale > 0, name
-        torch.testing.assert_close(
-            parameter.grad, their_gradients[name], rtol=1e-4, atol=1e-5 * scale, msg=name
-        )
-
-
-def test_logits_equal_transformers_at_the_last_position() -> None:
-    """Rotary angles grow with the position, and so does the error of their frequencies."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = dataclasses.replace(GROUPED, num_layers=1, max_positions=2048)
-    ours = scramble(LanguageModel(config))
-    theirs = LlamaForCausalLM(LlamaConfig(**config.to_hf()))
-    theirs.load_state_dict(ours.state_dict(), strict=False)
-    token_ids = random_tokens(config, 1, config.max_positions)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            logits(ours, ours(token_ids)), theirs(token_ids).logits, rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-5 * scale, msg=name)
 
 
 @config_of_each_kind
-def test_values_equal_transformers_scores(config: DecoderConfig) -> None:
-    from transformers import LlamaConfig, LlamaForSequenceClassification
+def test_packed_equals_one_sequence_at_a_time(config: DecoderConfig) -> None:
+    """Block-diagonal attention: hidden states and gradients."""
+    model = scramble(LanguageModel(config))
+    rows = random_rows([4, 13, 1, 9])
+    weights = torch.randn(27, 61)
+    packed = model.logits(run(model, rows))
+    (packed.log_softmax(-1) * weights).sum().backward()
+    packed_gradients = gradients(model)
+    assert packed.std() > 0.3
 
-    pad = 0
-    ours = scramble(ScalarModel(dataclasses.replace(config, pad_token_id=pad)))
-    with torch.no_grad():
-        ours.score.bias.zero_()
-    theirs = LlamaForSequenceClassification(LlamaConfig(**ours.config.to_hf(), num_labels=1))
-    keys = theirs.load_state_dict(ours.state_dict(), strict=False)
-    assert keys.missing_keys == []
-    assert keys.unexpected_keys == ["score.bias"]
-
-    lengths = torch.tensor([5, 11, 1])
-    token_ids = random_tokens(config, 3, 11).clamp(min=1)
-    token_ids[torch.arange(11) >= lengths[:, None]] = pad
-    with torch.no_grad():
-        values = ours.values(token_ids)
-        scores = theirs(token_ids).logits.squeeze(-1)
-    assert values.dtype == torch.float32
-    torch.testing.assert_close(values[torch.arange(3), lengths - 1], scores, rtol=1e-5, atol=1e-5)
+    alone = torch.cat([model.logits(run_one(model, row)) for row in rows])
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+    (alone.log_softmax(-1) * weights).sum().backward()
+    assert_gradients_near(packed_gradients, gradients(model))
+    expected = dict(model.named_parameters()).keys()
+    assert packed_gradients.keys() == expected, "every parameter takes part"
 
 
 @config_of_each_kind
 @torch.no_grad()
 def test_cached_decode_equals_one_full_forward(config: DecoderConfig) -> None:
-    model = scramble(LanguageModel(config))
-    prompt_lengths = torch.tensor([3, 7, 1, 5])
-    steps, drop_at, kept = 6, 3, torch.tensor([0, 2])
-    rows = torch.arange(4)
-    token_ids = random_tokens(config, 4, 7 + steps)  # row b is real up to prompt b + steps
-    full = model(token_ids)
+    """Ragged prompts, one of them with two samples, and rows that are dropped on the way."""
+    model = scramble(LanguageModel(config)).trunk
+    lengths, steps, drop_at = [3, 7, 1, 5], 6, 3
+    prompts = random_rows(lengths)
+    prompt_of_row = torch.tensor([0, 1, 1, 2, 3])
+    rows = [prompts[p] + random_rows([steps])[0] for p in prompt_of_row.tolist()]
+    full = [run_one(model, row) for row in rows]
 
-    cache = KVCache(config, prompt_lengths, 7 + steps, torch.float32)
-    hidden = model(token_ids[:, :7], cache)
-    last = prompt_lengths - 1
-    torch.testing.assert_close(hidden[rows, last], full[rows, last], rtol=1e-5, atol=1e-5)
-    cache.begin_decode(7)
+    cache = model.new_cache(Packing.of(lengths), prompt_of_row, steps)
+    hidden = model.prefill(torch.tensor([token for row in prompts for token in row]), cache)
+    torch.testing.assert_close(hidden, run(model, prompts), rtol=1e-5, atol=1e-5)
+    live = torch.arange(5)
     for step in range(steps):
         if step == drop_at:
+            kept = torch.tensor([0, 2, 4])
             cache.keep(kept)
-            rows = rows[kept]
-        positions = prompt_lengths[rows] + step
-        cache.begin_step()
-        hidden = model(token_ids[rows, positions].unsqueeze(1), cache)
-        cache.end_step()
-        assert hidden.shape == (len(rows), 1, config.hidden_size)
-        torch.testing.assert_close(
-            hidden.squeeze(1), full[rows, positions], rtol=1e-5, atol=1e-5, msg=f"step {step}"
-        )
-    assert rows.tolist() == [0, 2]
+            live = live[kept]
+        at = [(row, len(prompts[prompt_of_row[row]]) + step) for row in live.tolist()]
+        hidden = model.decode(torch.tensor([rows[row][place] for row, place in at]), cache)
+        expected = torch.stack([full[row][place] for row, place in at])
+        torch.testing.assert_close(hidden, expected, rtol=2e-5, atol=2e-5, msg=f"step {step}")
+    assert live.tolist() == [0, 2, 4]
 
 
 @config_of_each_kind
-def test_prompts_padding_never_reaches_a_later_step(config: DecoderConfig) -> None:
-    """The slots a short prompt padded are read again only after they are overwritten."""
+@torch.no_grad()
+def test_a_prompt_is_cached_once_for_all_its_samples(config: DecoderConfig) -> None:
+    model = scramble(LanguageModel(config)).trunk
+    cache = model.new_cache(Packing.of([5, 2]), torch.tensor([0, 0, 0, 1, 1, 1]), 4)
+    numbers = config.num_layers * config.num_kv_heads * config.head_dim * 2
+    assert cache.num_bytes == 4 * numbers * (2 * 5 + 6 * 4)
+
+
+@config_of_each_kind
+def test_recomputed_layers_give_the_same_gradients(config: DecoderConfig) -> None:
     model = scramble(LanguageModel(config))
-    prompt_lengths = torch.tensor([2, 6])
-    token_ids = random_tokens(config, 2, 6)
-    outputs = []
-    with torch.no_grad():
-        for padding in (0, 1):
-            token_ids[0, 2:] = padding
-            cache = KVCache(config, prompt_lengths, 9, torch.float32)
-            model(token_ids, cache)
-            cache.begin_decode(6)
-            steps = []
-            for step in range(3):
-                cache.begin_step()
-                steps.append(model(torch.full((2, 1), step), cache))
-                cache.end_step()
-            outputs.append(torch.cat(steps, dim=1))
-    assert torch.equal(outputs[0], outputs[1])
-
-
-@config_of_each_kind
-def test_padding_does_not_matter(config: DecoderConfig) -> None:
-    model = scramble(ScalarModel(config))
-    lengths, width = [4, 9, 1], 12
-    token_ids = random_tokens(config, 3, width)
-    weights = torch.randn(3, width, config.hidden_size)
-
-    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
-    padded = model(token_ids)
-    (padded * weights)[mask].sum().backward()
-    padded_gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-
-    for row, length in enumerate(lengths):
-        alone = model(token_ids[row : row + 1, :length])
-        scale = alone.abs().max().item()  # a lone token takes another matrix product's rounding
-        torch.testing.assert_close(alone[0], padded[row, :length], rtol=1e-6, atol=1e-6 * scale)
-        (alone[0] * weights[row, :length]).sum().backward()
-    for name, gradient in padded_gradients.items():
-        scale = gradient.abs().max().item()
-        torch.testing.assert_close(
-            model.get_parameter(name).grad, gradient, rtol=1e-6, atol=1e-6 * scale, msg=name
-        )
-
-
-@config_of_each_kind
-def test_what_padding_holds_never_shows(config: DecoderConfig) -> None:
-    model = scramble(ScalarModel(config))
-    mask = torch.arange(12) < torch.tensor([4, 9, 1])[:, None]
-    token_ids = random_tokens(config, 3, 12)
-    weights = torch.randn(3, 12)
+    rows = random_rows([4, 9])
     results = []
-    for padding in (0, 7):
-        values = model.values(token_ids.masked_fill(~mask, padding))
-        gradients = torch.autograd.grad((values * weights)[mask].sum(), list(model.parameters()))
-        results.append([values[mask], *gradients[1:]])  # 0: the embedding, checked above
-    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    for checkpointing in (False, True):
+        model.trunk.checkpointing = checkpointing
+        saved: list[int] = []
+
+        def pack(tensor: Tensor, saved: list[int] = saved) -> Tensor:
+            saved.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = run(model, rows).square().sum()
+        held = sum(saved)
+        loss.backward()
+        results.append((loss, gradients(model), held))
+    assert torch.equal(results[0][0], results[1][0])
+    for name, gradient in results[0][1].items():
+        assert torch.equal(gradient, results[1][1][name]), name
+    assert results[1][2] < results[0][2] / 2
+
+
+@config_of_each_kind
+def test_lower_and_upper_are_the_whole(config: DecoderConfig) -> None:
+    model = scramble(LanguageModel(config)).trunk
+    rows = random_rows([4, 9])
+    token_ids, packing = torch.tensor(sum(rows, [])), Packing.of([4, 9])  # noqa: RUF017
+    step = PackedStep(packing)
+    whole = run(model, rows)
+    for cut in range(config.num_layers + 1):
+        stream = model.lower(token_ids, step, cut)
+        torch.testing.assert_close(model.upper(stream, step, cut), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("window", [None, 1, 5, 100])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_attention_equals_its_definition(
+    window: int | None, softcap: float | None, dtype: torch.dtype
+) -> None:
+    packing = Packing.of([3, 17, 1])
+    query = torch.randn(21, 4, 8, dtype=dtype)
+    key, value = torch.randn(2, 21, 2, 8, dtype=dtype)
+    out = packed_attention(query, key, value, packing, scale=0.3, window=window, softcap=softcap)
+    q, k, v = (x.double() for x in (query, key, value))
+    k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    scores = torch.einsum("ihd,jhd->hij", q, k) * 0.3
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    distance = packing.positions[:, None] - packing.positions
+    visible = (packing.rows[:, None] == packing.rows) & (distance >= 0)
+    if window is not None:
+        visible &= distance < window
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    expected = torch.einsum("hij,jhd->ihd", weights, v)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_cpu_takes_sdpa_and_a_gpu_what_it_has() -> None:
+    assert choice(torch.device("cpu"), torch.bfloat16)[0] == "sdpa"
+    assert choice(torch.device("cuda"), torch.float32)[0] == "sdpa"
+    assert choice(torch.device("cuda"), torch.bfloat16)[0] in ("varlen", "flash-attn")
+
+
+def test_a_sequence_without_a_token_is_refused() -> None:
+    with pytest.raises(ValueError, match="lengths must be positive"):
+        Packing.of([3, 0])
 
 
 def test_initialize_depends_on_its_seed_only() -> None:
@@ -218,14 +243,13 @@ def test_initialize_depends_on_its_seed_only() -> None:
     state = torch.get_rng_state()
     for model, seed in ((first, 3), (second, 3), (other, 4)):
         model.initialize(seed)
-        model.initialize_head(seed)
     assert torch.equal(state, torch.get_rng_state())
     weights = first.state_dict()
     assert all(torch.equal(weights[name], t) for name, t in second.state_dict().items())
     assert not torch.equal(weights["score.weight"], other.state_dict()["score.weight"])
-    assert torch.equal(weights["model.norm.weight"], torch.ones(config.hidden_size))
-    assert weights["model.layers.0.self_attn.q_proj.bias"].abs().max() == 0
-    embedding = weights["model.embed_tokens.weight"]
+    assert torch.equal(weights["trunk.norm.weight"], torch.ones(config.hidden_size))
+    assert weights["trunk.layers.0.attn.qkv_proj.bias"].abs().max() == 0
+    embedding = weights["trunk.embed_tokens.weight"]
     assert embedding.std().item() == pytest.approx(config.init_std, rel=0.1)
 
 
@@ -241,9 +265,12 @@ def test_small_configurations_build(name: str) -> None:
     [
         ("num_layers", 0, "num_layers must be positive"),
         ("num_kv_heads", 3, "multiple of num_kv_heads"),
-        ("head_dim", 7, "head_dim must be even"),
+        ("head_dim", 7, "rotary dimensions must be an even number"),
+        ("rope", Rope(dim=10), "rotary dimensions must be an even number within head_dim"),
+        ("window", 0, "window must be positive"),
+        ("window_layers", (True,), "window_layers has 1 entries for 3 layers"),
     ],
 )
-def test_impossible_sizes_are_refused(field: str, value: int, message: str) -> None:
+def test_impossible_sizes_are_refused(field: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(GROUPED, **{field: value})

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from packed import run_one
 
 from fuserl.batch import RolloutBatch
 from fuserl.data.examples import Prompt
@@ -171,7 +172,7 @@ def test_a_reward_model_scores_each_sequence_as_if_alone(
     assert (by_token[~batch.loss_mask] == 0).all()
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         with torch.no_grad():
-            alone = model.values(torch.tensor([prompt + completion]))[0]
+            alone = run_one(model, prompt + completion)
         assert scores[i].item() == pytest.approx(alone[-1].item(), abs=1e-5)
         own = by_token[i, : len(completion)]
         torch.testing.assert_close(own, alone[len(prompt) :], rtol=1e-5, atol=1e-5)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from packed import run_one
 
 from fuserl.batch import RolloutBatch, ScoredBatch
 from fuserl.data.examples import Prompt
@@ -75,7 +76,7 @@ def test_values_are_of_the_state_before_each_token_and_after_the_last(
         length = int(batch.completion_lengths[i])
         ids = [*prompt.ids, *batch.completions[i, :length].tolist()]
         with torch.no_grad():
-            alone = critic.values(torch.tensor([ids]))[0]
+            alone = run_one(critic, ids)
         slots = min(length + 1, width)  # one more than tokens: the score's slot
         expected = alone[len(prompt.ids) - 1 :][:slots]
         torch.testing.assert_close(found.values[i, :slots], expected, rtol=1e-5, atol=1e-5)

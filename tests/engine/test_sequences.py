@@ -1,4 +1,4 @@
-"""Joined rows, the one-step shift and the masks, against loops over Python lists."""
+"""Packed sequences, the one-step shift and the masks, against loops over Python lists."""
 
 from collections.abc import Callable
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed import run_one
 
-from fuserl.data.batching import pad_rows
+from fuserl.batch import RolloutBatch
 from fuserl.model.heads import LanguageModel, ScalarModel
 from fuserl.sequences import (
+    Sequences,
     completion_logprobs,
-    completion_states,
     completion_values,
-    join,
     last_values,
     mask_of_lengths,
 )
@@ -27,14 +27,45 @@ PAIRS = st.lists(
 Pairs = list[tuple[list[int], list[int]]]
 
 
-@given(pairs=PAIRS, pad=IDS)
-def test_join_puts_each_completion_behind_its_prompt(pairs: Pairs, pad: int) -> None:
-    prompts, prompt_lengths = pad_rows([p for p, _ in pairs], pad_id=pad)
-    completions, lengths = pad_rows([c for _, c in pairs], pad_id=pad)
-    rows = [p + c for p, c in pairs]
-    width = max(map(len, rows))
-    joined = join(prompts, prompt_lengths, completions, lengths)
-    assert joined.tolist() == [row + [0] * (width - len(row)) for row in rows]
+def of(pairs: Pairs) -> Sequences:
+    return Sequences.of([p for p, _ in pairs], [c for _, c in pairs])
+
+
+@given(pairs=PAIRS)
+def test_each_completion_stands_behind_its_prompt(pairs: Pairs) -> None:
+    sequences = of(pairs)
+    assert sequences.token_ids.tolist() == [token for p, c in pairs for token in (*p, *c)]
+    assert sequences.packing.lengths == tuple(len(p) + len(c) for p, c in pairs)
+    assert sequences.completion_ids.tolist() == [token for _, c in pairs for token in c]
+    expected = [(row, slot) for row, (_, c) in enumerate(pairs) for slot in range(len(c))]
+    found = zip(sequences.rows.tolist(), sequences.slots.tolist(), strict=True)
+    assert list(found) == expected
+
+
+@given(pairs=PAIRS.filter(lambda pairs: all(c for _, c in pairs)), pad=IDS)
+def test_a_batch_gives_the_same_as_its_lists(pairs: Pairs, pad: int) -> None:
+    """Whatever its padding holds."""
+    lengths = [torch.tensor([len(pair[side]) for pair in pairs]) for side in (0, 1)]
+    padded = [
+        torch.tensor([[*pair[side], *[pad] * (7 - len(pair[side]))] for pair in pairs])
+        for side in (0, 1)
+    ]
+    batch = RolloutBatch(
+        prompts=padded[0],
+        prompt_lengths=lengths[0],
+        completions=padded[1],
+        completion_lengths=lengths[1],
+        has_eos=torch.ones(len(pairs), dtype=torch.bool),
+        loss_mask=mask_of_lengths(lengths[1], 7),
+        logprobs=torch.zeros(len(pairs), 7),
+    )
+    found, expected = Sequences.of_batch(batch), of(pairs)
+    for name in ("token_ids", "prompt_lengths", "rows", "slots"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    assert found.packing.lengths == expected.packing.lengths
+    assert torch.equal(found.by_token(batch.completions), found.completion_ids)
+    there_and_back = found.by_slot(found.completion_ids, 7)
+    assert torch.equal(there_and_back, torch.where(batch.loss_mask, batch.completions, 0))
 
 
 @given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=5), width=st.integers(0, 12))
@@ -46,47 +77,41 @@ def test_masks_count_the_lengths(lengths: list[int], width: int) -> None:
 
 @given(pairs=PAIRS, extra=st.integers(0, 3))
 def test_slot_t_is_the_state_before_completion_token_t(pairs: Pairs, extra: int) -> None:
-    """States are their own positions here, so that each slot says where it came from."""
-    prompt_lengths = torch.tensor([len(p) for p, _ in pairs])
-    rows = [p + c for p, c in pairs]
-    longest = max(map(len, rows))
-    positions = torch.arange(longest).expand(len(rows), longest)
-    states = torch.stack([positions, 100 * torch.arange(len(rows))[:, None] + positions], dim=-1)
+    """States are their own rows and positions here, so that each slot says where it came from."""
+    sequences = of(pairs)
+    states = 100 * sequences.packing.rows + sequences.packing.positions
     width = max(len(c) for _, c in pairs) + extra
-    found = completion_states(states, prompt_lengths, width)
-    assert found.shape == (len(rows), width, 2)
-    for i, (prompt, _) in enumerate(pairs):
+    found = sequences.states_by_slot(states, width)
+    assert found.shape == (len(pairs), width)
+    for i, (prompt, completion) in enumerate(pairs):
+        last = len(prompt) + len(completion) - 1
         for slot in range(width):
-            position = min(len(prompt) - 1 + slot, longest - 1)
-            assert found[i, slot].tolist() == [position, 100 * i + position]
+            assert found[i, slot] == 100 * i + min(len(prompt) - 1 + slot, last)
+    assert torch.equal(states[sequences.before], sequences.by_token(found))
 
 
 @settings(max_examples=20, deadline=None)
-@given(pairs=PAIRS.filter(lambda pairs: any(c for _, c in pairs)), pad=IDS)
+@given(pairs=PAIRS.filter(lambda pairs: any(c for _, c in pairs)))
 def test_logprobs_and_values_equal_one_row_at_a_time(
     pairs: Pairs,
-    pad: int,
     make_model: Callable[..., LanguageModel],
     make_scalar_model: Callable[..., ScalarModel],
 ) -> None:
     model, critic = make_model(seed=1), make_scalar_model(seed=2)
-    prompts, prompt_lengths = pad_rows([p for p, _ in pairs], pad_id=pad)
-    completions, lengths = pad_rows([c for _, c in pairs], pad_id=pad)
-    token_ids = join(prompts, prompt_lengths, completions, lengths)
-    mask = mask_of_lengths(lengths, completions.shape[1])
+    sequences, width = of(pairs), max(len(c) for _, c in pairs)
     with torch.no_grad():
-        logprobs = completion_logprobs(model, token_ids, prompt_lengths, completions, mask, 0.7)
-        values = completion_values(critic, token_ids, prompt_lengths, completions.shape[1])
-        scores = last_values(critic, token_ids, prompt_lengths + lengths)
-        assert logprobs.shape == values.shape == mask.shape
-        assert (logprobs[~mask] == 0).all()
+        logprobs = sequences.by_slot(completion_logprobs(model, sequences, 0.7), width)
+        values = completion_values(critic, sequences, width)
+        scores = last_values(critic, sequences)
+        assert logprobs.shape == values.shape
         for i, (prompt, completion) in enumerate(pairs):
-            row = torch.tensor([prompt + completion])
-            own_values = critic.values(row)[0]
+            row = prompt + completion
+            own_values = run_one(critic, row)
             assert scores[i].item() == pytest.approx(own_values[-1].item(), abs=1e-4)
-            logits = (model(row) @ model.output_weight.T)[0] / 0.7
+            logits = model.logits(run_one(model, row)) / 0.7
             for t, token in enumerate(completion):
                 before = len(prompt) - 1 + t
                 expected = logits[before].log_softmax(-1)[token].item()
                 assert logprobs[i, t].item() == pytest.approx(expected, abs=1e-4)
                 assert values[i, t].item() == pytest.approx(own_values[before].item(), abs=1e-4)
+            assert (logprobs[i, len(completion) :] == 0).all()

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from packed import run_one
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -147,7 +148,7 @@ def test_the_reward_model_learns_the_order_and_is_centred(
     for prompt, row in zip(prompts, rows, strict=True):
         chosen = [*policy.tokenizer.encode_text(row["chosen"]), policy.tokenizer.eos_token_id]
         with torch.no_grad():
-            scores.append(model.values(torch.tensor([prompt + chosen]))[0, -1].item())
+            scores.append(run_one(model, prompt + chosen)[-1].item())
     assert sum(scores) / len(scores) == pytest.approx(0.0, abs=1e-4)
 
 
@@ -841,7 +842,7 @@ def test_a_broken_policy_stops_the_run(
 ) -> None:
     policy = make_policy()
     with torch.no_grad():
-        policy.model.model.norm.weight.fill_(torch.nan)
+        policy.model.trunk.norm.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="logits hold no distribution"):
         stages["rl"](out=tmp_path, policy=policy)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from packed import run_one
 
 from fuserl.batch import RolloutBatch, ShapedBatch
 from fuserl.config import RLConfig
@@ -224,7 +225,7 @@ def test_the_gradient_is_that_of_the_formula(ready: Callable[..., Ready]) -> Non
     for i in range(NUM):
         prompt = batch.prompts[i, : batch.prompt_lengths[i]].tolist()
         completion = batch.completions[i, : batch.completion_lengths[i]].tolist()
-        logits = (model(torch.tensor([prompt + completion])) @ model.output_weight.T)[0]
+        logits = model.logits(run_one(model, prompt + completion))
         logprobs = (logits / options.temperature).log_softmax(-1)
         for t, token in enumerate(completion):
             if batch.loss_mask[i, t]:
@@ -249,7 +250,7 @@ def test_the_critics_gradient_is_that_of_the_formula(
     for i in range(NUM):
         prompt = batch.prompts[i, : batch.prompt_lengths[i]].tolist()
         completion = batch.completions[i, : batch.completion_lengths[i]].tolist()
-        values = model.values(torch.tensor([prompt + completion]))[0]
+        values = run_one(model, prompt + completion)
         for slot in batch.value_mask[i].nonzero().squeeze(1).tolist():
             error = values[len(prompt) - 1 + slot] - batch.returns[i, slot]
             total = total + 0.5 * error.square()

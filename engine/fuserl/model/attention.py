@@ -105,7 +105,7 @@ def _by_varlen(
         group = query.shape[1] // key.shape[1]
         key = key.repeat_interleave(group, dim=1)
         value = value.repeat_interleave(group, dim=1)
-    return varlen_attn(
+    out = varlen_attn(
         query,
         key,
         value,
@@ -116,6 +116,8 @@ def _by_varlen(
         scale=scale,
         window_size=(-1, 0) if window is None else (window - 1, 0),
     )
+    assert isinstance(out, Tensor)  # a tuple only where more was asked for
+    return out
 
 
 def _by_sdpa(
@@ -159,8 +161,11 @@ def _capped(
         mask = _window_mask(query.shape[2], query.shape[2], query.device)
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scale / softcap)
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32)
+    scores = query @ key.transpose(2, 3)
+    if scores.dtype in _HALVES:
+        scores = scores.float()
+    scores = softcap * torch.tanh(scores * (scale / softcap))
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
     return weights.to(value.dtype) @ value
 
 

@@ -114,6 +114,12 @@ class ScalarModel(nn.Module):
         return self.trunk.device
 
     @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Decoder and head by generators of their own: see Decoder and `initialize_head`."""
+        self.trunk.initialize(torch.Generator(device=self.device).manual_seed(seed))
+        self.initialize_head(seed)
+
+    @torch.no_grad()
     def initialize_head(self, seed: int) -> None:
         """N(0, 1 / (D + 1)), bias zero, as in Huang et al., 2024 (the N+ implementation
         details of RLHF with PPO)."""
