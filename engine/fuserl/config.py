@@ -82,6 +82,15 @@ class TrainConfig(DataConfig):
     """The gradient of each model is scaled down to this norm (0: never, as in n+)."""
     save_every: int = 200
     """Steps between checkpoints (0: only when interrupted)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the weights that compute and are saved. bfloat16 trains through float32 masters. auto:
+    float32, but on CUDA bfloat16 for a bfloat16 checkpoint."""
+    activation_checkpointing: bool = False
+    """Compute each layer again in the backward pass instead of keeping its activations: less
+    memory, a third more work, the same result."""
+    frozen_layers: float = 0
+    """How many of the lowest layers stay as they are, with the embeddings (and a head tied to
+    them); below 1, the share of them. The critic's too. 0: everything trains."""
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
@@ -93,6 +102,11 @@ class TrainConfig(DataConfig):
         _refuse_resume_and_overwrite(self.resume, self.overwrite)
         if self.save_every < 0:
             raise ValueError(f"save_every must not be negative, got {self.save_every}")
+        if not self.frozen_layers >= 0 or (self.frozen_layers > 1 and self.frozen_layers % 1):
+            raise ValueError(
+                "frozen_layers must be a number of layers or a share of them below 1, "
+                f"got {self.frozen_layers}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

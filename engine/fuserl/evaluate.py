@@ -268,7 +268,7 @@ def _judge(
     share a batch, so that equal completions have equal scores."""
     assert config.reward_model is not None
     folder = resolve_folder(config.reward_model)
-    model = load_reward_model(folder, policy, policy.model.device)
+    model = load_reward_model(folder, policy, torch.float32)
     scores = _scores(
         model,
         [

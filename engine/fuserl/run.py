@@ -28,7 +28,10 @@ from fuserl.model.folder import (
 )
 from fuserl.optimizer import Optimizer
 
-_MAY_DIFFER = {"out", "resume", "overwrite", "save_every", "microbatch_size", "device"}
+_MAY_DIFFER = {
+    *("out", "resume", "overwrite", "save_every", "microbatch_size", "device"),
+    "activation_checkpointing",
+}
 """Options that a resumed run may change: none of them changes what is computed."""
 
 _LEFT_BEHIND = (

@@ -58,6 +58,12 @@ def test_every_field_says_what_it_is(kind: type) -> None:
             for kind in TRAINING
         ),
         *((kind, {"warmup_share": 1.0}, r"warmup_share must be in \[0, 1\)") for kind in TRAINING),
+        *((kind, {"dtype": "float16"}, r"dtype must be one of \('auto', 'f") for kind in TRAINING),
+        *(
+            (kind, {"frozen_layers": number}, f"frozen_layers must be a number .* {number}")
+            for kind in TRAINING
+            for number in (-1, 1.5, float("nan"))
+        ),
         *((kind, {"save_every": -1}, "save_every must not be negative") for kind in TRAINING),
         *((kind, {"schedule": "step"}, "schedule must be one of") for kind in TRAINING),
         *(

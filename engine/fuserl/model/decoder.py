@@ -241,7 +241,9 @@ class Decoder(nn.Module):
         branch: Tensor | None = None
         for layer in self.layers[start:stop]:
             if self.checkpointing and torch.is_grad_enabled():
-                branch, stream = checkpoint(layer, branch, stream, step, use_reentrant=False)
+                branch, stream = checkpoint(
+                    layer, branch, stream, step, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 branch, stream = layer(branch, stream, step)
         return branch, stream

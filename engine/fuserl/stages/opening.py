@@ -53,10 +53,15 @@ def open_policy(
 
 
 def untrained_policy(
-    config: DataConfig, tokenizer: Tokenizer, notes: FolderNotes, vocab_size: int | None = None
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    notes: FolderNotes,
+    vocab_size: int | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Policy:
     """The named small configuration config.model with random weights, for this tokenizer.
-    vocab_size: default the tokenizer's."""
+    vocab_size: default the tokenizer's. dtype: default float32."""
     sizes = dataclasses.replace(
         small_config(config.model, vocab_size or tokenizer.vocab_size),
         bos_token_id=tokenizer.bos_token_id,
@@ -65,7 +70,8 @@ def untrained_policy(
     )
     model = LanguageModel(sizes)
     model.initialize(config.seed)
-    return Policy(model.to(default_device(config.device)), tokenizer, notes, config.model)
+    model.to(device=default_device(config.device), dtype=dtype)
+    return Policy(model, tokenizer, notes, config.model)
 
 
 def room_for_prompts(model: DecoderConfig, max_new_tokens: int) -> int:

@@ -29,6 +29,7 @@ from fuserl.run import Run, prepare_folder
 from fuserl.sequences import Sequences, last_values
 from fuserl.stages.opening import loading, open_notes, open_policy, open_tokenizer, tell
 from fuserl.stages.supervised import evaluate_on, plan_epochs, train_on
+from fuserl.stages.trainable import make_trainable, training_dtype
 from fuserl.tokenizer import Tokenizer
 
 
@@ -65,6 +66,7 @@ class RewardTrainer:
         if (finished := prepare_folder("reward", config)) is not None:
             return finished
         model, tokenizer, notes = self._open()
+        make_trainable(model, config)
         options = loading(config, notes)
         rankings = self._load(self._data, tokenizer, model, options, "data")
         objective = PairwiseLoss(model, rankings, config.center_coef)
@@ -106,14 +108,17 @@ class RewardTrainer:
     def _open(self) -> tuple[ScalarModel, Tokenizer, FolderNotes]:
         config = self.config
         if self._given is not None:
-            policy = open_policy(config, self._given)
+            policy = open_policy(config, self._given, dtype=training_dtype(config))
             model = ScalarModel.on_trunk(policy.model, config.seed)
             return model, policy.text_tokenizer, policy.notes
         folder = resolve_folder(config.model)
         tokenizer = open_tokenizer(folder, config)
         check_vocabulary(load_config(folder), tokenizer.vocab_size, folder)
         model, _ = load_scalar_model(
-            folder, device=default_device(config.device), head_seed=config.seed
+            folder,
+            device=default_device(config.device),
+            dtype=training_dtype(config),
+            head_seed=config.seed,
         )
         return model, tokenizer, open_notes(folder, config)
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from fuserl.checkpoint import digest, digest_ids
@@ -23,6 +22,7 @@ from fuserl.shaping import shape
 from fuserl.stages.opening import loading, open_policy, room_for_prompts, tell
 from fuserl.stages.rl_metrics import Clock, describe, summarize
 from fuserl.stages.rl_models import load_reward_and_critic
+from fuserl.stages.trainable import make_trainable, training_dtype
 from fuserl.update import update
 
 
@@ -60,12 +60,14 @@ class RLTrainer:
         config = self.config
         if (finished := prepare_folder("rl", config)) is not None:
             return finished
-        policy = open_policy(config, self._given, dtype=torch.float32)
+        policy = open_policy(config, self._given, dtype=training_dtype(config))
+        make_trainable(policy.model, config)
         prompts = self._prompts(policy)
         reference = copy.deepcopy(policy.model).requires_grad_(False)
         reward, critic = load_reward_and_critic(config, self._reward, policy)
         modules: dict[str, nn.Module] = {"policy": policy.model}
         if critic is not None:
+            make_trainable(critic, config)
             modules["critic"] = critic
         optimizer = Optimizer(
             modules,

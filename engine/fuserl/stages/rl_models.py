@@ -21,12 +21,12 @@ def load_reward_and_critic(
     """source: a reward model's folder, or a function. The critic starts from critic_model,
     else the reward model, else the policy; None for an algorithm without one."""
     at_tokens = config.reward_at == "token"
-    device = policy.model.device
+    device, dtype = policy.model.device, policy.model.trunk.dtype
     scorer: ScalarModel | None = None
     if callable(source):
         reward: Reward = FunctionReward(source, policy.tokenizer, at_tokens=at_tokens)
     else:
-        scorer = load_reward_model(resolve_folder(source), policy, device)
+        scorer = load_reward_model(resolve_folder(source), policy, dtype)
         reward = ModelReward(
             scorer.requires_grad_(False),
             microbatch_size=config.microbatch_size,
@@ -36,7 +36,7 @@ def load_reward_and_critic(
         return reward, None
     if config.critic_model is not None:
         folder = resolve_folder(config.critic_model)
-        critic, _ = load_scalar_model(folder, device=device, head_seed=config.seed)
+        critic, _ = load_scalar_model(folder, device=device, dtype=dtype, head_seed=config.seed)
         check_same_ids(critic.config, load_tokenizer(folder), policy, f"critic {folder}")
         return reward, critic
     if scorer is not None:
@@ -44,9 +44,9 @@ def load_reward_and_critic(
     return reward, ScalarModel.on_trunk(policy.model, config.seed)
 
 
-def load_reward_model(folder: Path, policy: Policy, device: torch.device) -> ScalarModel:
-    """A reward model that reads the policy's token ids as they are."""
-    model, head_is_new = load_scalar_model(folder, device=device)
+def load_reward_model(folder: Path, policy: Policy, dtype: torch.dtype) -> ScalarModel:
+    """A reward model that reads the policy's token ids as they are, on the policy's device."""
+    model, head_is_new = load_scalar_model(folder, device=policy.model.device, dtype=dtype)
     if head_is_new:
         raise ValueError(f"{folder} is no reward model: it has no score.weight")
     check_same_ids(model.config, load_tokenizer(folder), policy, f"reward model {folder}")

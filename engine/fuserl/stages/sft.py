@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fuserl.checkpoint import digest, digest_ids, digest_tokenizer
@@ -29,6 +28,7 @@ from fuserl.stages.opening import (
     with_chat_template,
 )
 from fuserl.stages.supervised import evaluate_on, plan_epochs, train_on
+from fuserl.stages.trainable import make_trainable, training_dtype
 from fuserl.tokenizer import train_tokenizer
 
 
@@ -66,7 +66,7 @@ class SFTTrainer:
         if (finished := prepare_folder("sft", config)) is not None:
             return finished
         policy = self._policy()
-        policy.model.train()
+        make_trainable(policy.model, config)
         examples = self._load(self._data, policy, "data")
         objective = CompletionLoss(policy.model, examples)
         text_objective = CompletionLoss(policy.model, [_whole_text(e) for e in examples])
@@ -111,7 +111,7 @@ class SFTTrainer:
             return _from_scratch(config, self._data)
         if config.vocab_size is not None:
             raise ValueError("vocab_size is for a model from scratch: this one brings its own")
-        return open_policy(config, self._given, dtype=torch.float32)
+        return open_policy(config, self._given, dtype=training_dtype(config))
 
     def _load(self, source: Source, policy: Policy, name: str) -> list[PromptCompletion]:
         config = self.config
@@ -159,4 +159,5 @@ def _from_scratch(config: SFTConfig, data: Source) -> Policy:
     vocab_size = small_config(config.model, config.vocab_size).vocab_size
     rows, _ = read_rows(data, skip_bad_rows=config.skip_bad_rows)
     tokenizer = train_tokenizer(training_texts(rows, notes.prompt_template), vocab_size)
-    return untrained_policy(config, with_chat_template(tokenizer, config), notes)
+    tokenizer = with_chat_template(tokenizer, config)
+    return untrained_policy(config, tokenizer, notes, dtype=training_dtype(config))
