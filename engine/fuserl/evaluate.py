@@ -12,8 +12,9 @@ from fuserl.config import EvaluateConfig
 from fuserl.data.examples import PromptCompletion, load_completions, load_rankings
 from fuserl.device import default_device
 from fuserl.model.config import SMALL_NAMES
-from fuserl.model.folder import is_reward_model, load_scalar_model, resolve_folder
+from fuserl.model.folder import is_reward_model, load_scalar_model
 from fuserl.model.heads import ScalarModel
+from fuserl.model.hub import resolve_folder
 from fuserl.policy import Generation, Policy
 from fuserl.rouge import rouge_l
 from fuserl.sequences import Sequences, last_values

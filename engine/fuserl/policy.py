@@ -9,17 +9,11 @@ from torch import Tensor
 
 from fuserl.data.prompt_template import PromptTemplate
 from fuserl.device import default_device
-from fuserl.model.folder import (
-    FolderNotes,
-    check_vocabulary,
-    load_config,
-    load_language_model,
-    read_notes,
-    resolve_folder,
-    save_model,
-    write_notes,
-)
+from fuserl.model.config_json import load_config
+from fuserl.model.folder import check_vocabulary, load_language_model, save_model
 from fuserl.model.heads import LanguageModel, ScalarModel
+from fuserl.model.hub import resolve_folder
+from fuserl.model.notes import FolderNotes, read_notes, write_notes
 from fuserl.rollout.decode import check_request, check_token_ids, decode
 from fuserl.rollout.sampling import SamplingParams
 from fuserl.sequences import Sequences, completion_logprobs

@@ -19,13 +19,9 @@ from fuserl.config import TrainConfig
 from fuserl.interrupt import Interrupted, InterruptFlag
 from fuserl.metrics import Metrics, MetricsLog
 from fuserl.model.config import SMALL_NAMES
-from fuserl.model.folder import (
-    CONFIG_FILE,
-    GENERATION_FILE,
-    HEAD_FILE,
-    NOTES_FILE,
-    WEIGHTS_FILE,
-)
+from fuserl.model.config_json import CONFIG_FILE, GENERATION_FILE
+from fuserl.model.notes import NOTES_FILE
+from fuserl.model.stored import HEAD_FILE, INDEX_FILE, WEIGHTS_FILE, shards_in
 from fuserl.optimizer import Optimizer
 
 _MAY_DIFFER = {
@@ -36,10 +32,10 @@ _MAY_DIFFER = {
 
 _LEFT_BEHIND = (
     *("summary.json", "metrics.jsonl"),
-    *(CONFIG_FILE, WEIGHTS_FILE, HEAD_FILE, GENERATION_FILE, NOTES_FILE),
+    *(CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, HEAD_FILE, GENERATION_FILE, NOTES_FILE),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
 )
-"""Files that a run writes into its folder and, with a critic, into critic/."""
+"""Files that a run writes into its folder and, with a critic, into critic/, beside shards."""
 
 
 class Run:
@@ -204,8 +200,8 @@ def remove_run(out: Path) -> None:
     Checkpoint(out).remove()
     critic = out / "critic"
     for folder in (out, critic):
-        for name in _LEFT_BEHIND:
-            (folder / name).unlink(missing_ok=True)
+        for path in (*(folder / name for name in _LEFT_BEHIND), *shards_in(folder)):
+            path.unlink(missing_ok=True)
     if critic.is_dir() and not any(critic.iterdir()):
         critic.rmdir()
 

@@ -17,8 +17,9 @@ from fuserl.batch import RolloutBatch
 from fuserl.data.batching import pad_rows
 from fuserl.data.examples import Prompt
 from fuserl.model.config import DecoderConfig
-from fuserl.model.folder import FolderNotes, save_model, write_notes
+from fuserl.model.folder import save_model
 from fuserl.model.heads import LanguageModel, ScalarModel
+from fuserl.model.notes import FolderNotes, write_notes
 from fuserl.policy import Policy
 from fuserl.rollout.decode import Completions, decode
 from fuserl.rollout.sampling import SamplingParams

@@ -12,8 +12,9 @@ import torch
 from fuserl.interrupt import Interrupted
 from fuserl.model.cache import KVCache
 from fuserl.model.config import DecoderConfig
-from fuserl.model.folder import FolderNotes, save_model
+from fuserl.model.folder import save_model
 from fuserl.model.heads import LanguageModel
+from fuserl.model.notes import FolderNotes
 from fuserl.policy import Generation, Policy, load_policy
 from fuserl.rollout.decode import decode
 from fuserl.rollout.sampling import SamplingParams

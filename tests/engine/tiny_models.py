@@ -119,7 +119,12 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt_neox-sequential": (
         "gpt_neox",
-        {**_NEOX_SIZES, "use_parallel_residual": False, "attention_bias": False},
+        {
+            **_NEOX_SIZES,
+            "use_parallel_residual": False,
+            "attention_bias": False,
+            "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 1.0},
+        },
     ),
     "gptj": ("gptj", {**_GPT_SIZES, "rotary_dim": 4}),
     "gptj-tied": ("gptj", {**_GPT_SIZES, "rotary_dim": 12, "tie_word_embeddings": True}),

@@ -86,6 +86,8 @@ class DecoderConfig:
 
     source: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """The config.json this came from: saving writes its other keys back unchanged."""
+    generation: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """The generation_config.json beside it, likewise."""
 
     def __post_init__(self) -> None:
         for name in (

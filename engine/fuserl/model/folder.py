@@ -1,163 +1,54 @@
-"""Hugging Face folders in and out: config.json, safetensors weights, and our own notes.
+"""Hugging Face folders in and out: config.json, safetensors weights, and our own head file.
 
 Everything a folder can have wrong is found before a weight is allocated: the names, shapes and
 dtypes in the safetensors headers are compared with the model built on the meta device, and the
 error names the file and the key. Nothing in a folder is ever executed: pickle weights and
 remote code are refused.
 
-Beside the files transformers knows, a folder may hold two of ours: `fuserl_head.safetensors`,
-what transformers has no place for in a reward model (the bias of the scalar head, and the
-language-model head its starting model had, where that is not the embeddings), and
-`fuserl.json`, what to know about the model that is in no other file (FolderNotes).
+Every tensor keeps its bits on the way in and out, and every key of config.json that a run does
+not change its value.
 """
 
-import dataclasses
-import json
-import os
-import re
-import shutil
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fuserl.model.config import SMALL_NAMES, DecoderConfig
-from fuserl.model.decoder import Decoder
-from fuserl.model.heads import LanguageModel, ScalarModel
-
-CONFIG_FILE = "config.json"
-GENERATION_FILE = "generation_config.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-HEAD_FILE = "fuserl_head.safetensors"
-NOTES_FILE = "fuserl.json"
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_PATTERNS = [
-    "*.json",
-    "model*.safetensors",
-    HEAD_FILE,
-    "tokenizer.model",
-    "spiece.model",
-    "merges.txt",
-    "vocab.txt",
-    "*.jinja",
-]
-_PICKLE_PATTERNS = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt")
-
-_FLOAT_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-}
-_HEADS = {"lm_head.weight", "score.weight", "score.bias"}
-_MAX_PROBLEMS = 6  # lines in one error; a wrong config gives one a tensor
-
-_CONFIG_TYPES: dict[str, tuple[type, ...]] = {
-    "vocab_size": (int,),
-    "hidden_size": (int,),
-    "intermediate_size": (int,),
-    "num_hidden_layers": (int,),
-    "num_attention_heads": (int,),
-    "num_key_value_heads": (int, NoneType),
-    "head_dim": (int, NoneType),
-    "max_position_embeddings": (int,),
-    "rope_theta": (int, float),
-    "rope_parameters": (dict, NoneType),
-    "rope_scaling": (dict, NoneType),
-    "rms_norm_eps": (int, float),
-    "attention_bias": (bool,),
-    "mlp_bias": (bool,),
-    "tie_word_embeddings": (bool,),
-    "initializer_range": (int, float),
-    "bos_token_id": (int, NoneType),
-    "eos_token_id": (int, list, NoneType),
-    "pad_token_id": (int, NoneType),
-}
-_CONFIG_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
+from fuserl.model.config import DecoderConfig
+from fuserl.model.config_json import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    config_to_hf,
+    generation_to_hf,
+    load_config,
 )
-_CONFIG_REFUSED = {
-    "auto_map": "the model comes with code of its own, and no code from a model folder is run",
-    "quantization_config": "quantised weights are not supported; use the unquantised model",
-}
+from fuserl.model.families import FAMILIES
+from fuserl.model.files import write_json
+from fuserl.model.heads import HeadKind, LanguageModel, ScalarModel
+from fuserl.model.stored import (
+    FLOAT_DTYPES,
+    HEAD_FILE,
+    StoredTensor,
+    read_header,
+    read_headers,
+    read_tensors,
+    weights_source,
+    write_tensors,
+    write_weights,
+)
+from fuserl.model.weights import Piece, own_tensors, pieces_of, standard_names
 
-
-# Finding a folder
-
-
-def resolve_folder(name: str | Path) -> Path:
-    """The local folder that `name` stands for.
-
-    An existing folder is taken as it is. A string that reads like a hub id ("org/name") is
-    downloaded from the Hugging Face hub, without pickle weights and code. A Path is never
-    looked up on the hub.
-    """
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise NotADirectoryError(f"{folder} is a file; a model is a folder with {CONFIG_FILE}")
-    looked_for = f"no model {str(name)!r}: there is no such folder"
-    hint = f"only sft trains from scratch, by the names {', '.join(SMALL_NAMES)}"
-    if not isinstance(name, str) or not _HUB_ID.fullmatch(name):
-        raise FileNotFoundError(f"{looked_for}, and it is no hub id (org/name); {hint}")
-
-    from huggingface_hub import snapshot_download
-
-    try:
-        # fnmatch's * crosses slashes: without ignore_patterns, copies for other runtimes in
-        # subfolders would come along.
-        path = snapshot_download(name, allow_patterns=_HUB_PATTERNS, ignore_patterns=["*/*"])
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{looked_for}, and the Hugging Face hub did not give it "
-            f"({type(error).__name__}: {error}); {hint}"
-        ) from error
-    return Path(path)
-
-
-# config.json
-
-
-def load_config(folder: str | Path) -> DecoderConfig:
-    """The decoder that folder/config.json describes; ValueError, naming the key, if it is not
-    one of ours."""
-    path = Path(folder) / CONFIG_FILE
-    raw = _read_json(path)
-    for key, reason in _CONFIG_REFUSED.items():
-        if raw.get(key):
-            raise ValueError(f"{path}: {key} is refused: {reason}")
-    for key, types in _CONFIG_TYPES.items():
-        if key in raw and type(raw[key]) not in types:
-            names = " or ".join("null" if kind is NoneType else kind.__name__ for kind in types)
-            raise ValueError(f"{path}: {key} must be {names}, not {raw[key]!r}")
-    for key in _CONFIG_SIZES:
-        if (size := raw.get(key)) is not None and size < 1:
-            raise ValueError(f"{path}: {key} must be positive, not {size}")
-    try:
-        return DecoderConfig.from_hf(raw)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+_SCORE = ("score.", "score_hidden.")
+_LABELS = ("id2label", "label2id", "num_labels")
+_MAX_PROBLEMS = 6  # lines in one error; a wrong config gives one a tensor
 
 
 def is_reward_model(folder: str | Path) -> bool:
-    """Whether the folder's weights hold a scalar head."""
-    return "score.weight" in _read_weight_headers(Path(folder))
+    """Whether the folder holds a scalar head."""
+    return any(name.startswith(_SCORE) for name in _stored(Path(folder)) if name != "score.bias")
 
 
 def check_vocabulary(config: DecoderConfig, tokenizer_vocab_size: int, folder: str | Path) -> None:
@@ -166,11 +57,11 @@ def check_vocabulary(config: DecoderConfig, tokenizer_vocab_size: int, folder: s
     if tokenizer_vocab_size > config.vocab_size:
         raise ValueError(
             f"{folder}: the tokenizer has {tokenizer_vocab_size} tokens, but vocab_size in "
-            f"{CONFIG_FILE} (the rows of model.embed_tokens.weight) is {config.vocab_size}"
+            f"{CONFIG_FILE} (the rows of the embedding) is {config.vocab_size}"
         )
 
 
-# Weights in
+# In
 
 
 def load_language_model(
@@ -182,14 +73,14 @@ def load_language_model(
     """device: None is the CPU. dtype: None keeps the one the weights are stored in.
 
     A reward model's folder works where the embeddings are tied, as they are the head, and where
-    it kept the head of the model it started from.
+    it kept the head of the model it started from. UnsupportedModel if this decoder cannot run it.
     """
     folder = Path(folder)
     config = load_config(folder)
-    stored = _read_headers(folder)
+    stored = _named(_stored(folder), config)
     with torch.device("meta"):
         model = LanguageModel(config)
-    _check_weights(model, stored, folder)
+    _check(model, stored, folder)
     _fill(model, stored, device, dtype)
     return model
 
@@ -199,138 +90,114 @@ def load_scalar_model(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = torch.float32,
+    head: HeadKind = "linear",
     head_seed: int = 0,
 ) -> tuple[ScalarModel, bool]:
-    """The model, and whether its head is new: True where the folder has no score head, and
-    the head was drawn with head_seed. device, dtype: as in load_language_model."""
+    """The model, and whether its head is new: True where the folder has none, and one of the
+    kind `head` was drawn with head_seed. device, dtype: as in load_language_model."""
     folder = Path(folder)
     config = load_config(folder)
-    stored = _read_headers(folder)
+    stored = _named(_stored(folder), config)
     head_is_new = "score.weight" not in stored
-    if head_is_new and "score.bias" in stored:
+    is_mlp = "score_hidden.weight" in stored
+    is_language_model = config.source.get("architectures") == [
+        FAMILIES[config.family].language_model
+    ]
+    orphans = [stored[name] for name in stored if name.startswith(_SCORE)]
+    if orphans and (head_is_new or (is_mlp and is_language_model)):
         raise ValueError(
-            f"{stored['score.bias'].file} has score.bias, but the weights of {folder} have no "
-            f"score.weight: two models are mixed in this folder"
+            f"{orphans[0].file} has {orphans[0].name}, but the weights of {folder} have no "
+            f"score.weight of their own: two models are mixed in this folder"
         )
+    if not head_is_new:
+        head = "mlp" if is_mlp else "linear"
     with torch.device("meta"):
-        model = ScalarModel(config)
-    optional = {"score.weight", "score.bias"} if head_is_new else {"score.bias"}
-    _check_weights(model, stored, folder, optional)
+        model = ScalarModel(config, head)
+        kept = _kept_head_pieces(config)
+    optional = {name for name in model.state_dict() if name.startswith("score")}
+    _check(model, stored, folder, optional if head_is_new else {"score.bias"})
     _fill(model, stored, device, dtype)
     if head_is_new:
         model.initialize_head(head_seed)
     elif "score.bias" not in stored:
         torch.nn.init.zeros_(model.score.bias)
-    if not config.tie_embeddings and (head := stored.get("lm_head.weight")):
-        with safe_open(head.file, framework="pt") as file:
-            model.kept_lm_head = file.get_tensor("lm_head.weight").to(dtype, copy=True)
+
+    def keep(name: str, tensor: Tensor) -> None:
+        model.kept_lm_head[name] = tensor.to(dtype, copy=True)
+
+    read_tensors(
+        {name: stored[piece.name] for name, piece in kept.items() if piece.name in stored}, keep
+    )
     return model, head_is_new
 
 
-@dataclass(frozen=True, slots=True)
-class _StoredTensor:
-    """What a safetensors header says of one tensor. dtype: safetensors' name for it."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
+def _kept_head_pieces(config: DecoderConfig) -> dict[str, Piece]:
+    """Of a language-model head that is not the embeddings, by its names in LanguageModel."""
+    pieces = pieces_of(LanguageModel(config))
+    return {name: found[0] for name, found in pieces.items() if not name.startswith("trunk.")}
 
 
-def _read_headers(folder: Path) -> dict[str, _StoredTensor]:
-    """As _read_weight_headers, and of our own file what the weights do not have."""
-    stored = _read_weight_headers(folder)
+def _stored(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the weights, and of our own file what they do not have."""
+    weights = read_headers(folder)
     own = folder / HEAD_FILE
-    return _read_header(own) | stored if own.exists() else stored
+    return read_header(own) | weights if own.exists() else weights
 
 
-def _read_weight_headers(folder: Path) -> dict[str, _StoredTensor]:
-    """Every tensor of a folder, by name: of its one file, else of the shards in its index."""
-    if (folder / WEIGHTS_FILE).exists():
-        return _read_header(folder / WEIGHTS_FILE)
-    index = folder / INDEX_FILE
-    if not index.exists():
-        raise _no_weights(folder)
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-        raise ValueError(f"{index}: weight_map must give a file name for each tensor")
-    names = sorted(set(weight_map.values()))
-    if missing := [name for name in names if not (folder / name).exists()]:
-        first = next(key for key, name in weight_map.items() if name == missing[0])
-        raise FileNotFoundError(
-            f"{folder} lacks {len(missing)} of {len(names)} weight files named in {INDEX_FILE}: "
-            f"{', '.join(missing)} (with {first}); download or copy the folder again"
-        )
-    stored: dict[str, _StoredTensor] = {}
-    for name in names:
-        for key, tensor in _read_header(folder / name).items():
-            if key in stored:
-                raise ValueError(f"{key} is both in {stored[key].file} and in {tensor.file}")
-            stored[key] = tensor
-    for key, name in weight_map.items():
-        if key not in stored or stored[key].file != folder / name:
-            raise ValueError(f"{folder / name}: {key} is missing, though {index} places it there")
-    return stored
+def _named(stored: Mapping[str, StoredTensor], config: DecoderConfig) -> dict[str, StoredTensor]:
+    """The stored tensors by their standard names."""
+    return {name: stored[key] for name, key in standard_names(stored, config).items()}
 
 
-def _no_weights(folder: Path) -> Exception:
-    pickles = sorted(path.name for pattern in _PICKLE_PATTERNS for path in folder.glob(pattern))
-    if pickles:
-        return ValueError(
-            f"{folder / pickles[0]} is a pickle, which can run code when it is loaded, and is "
-            f"refused; convert the weights to {WEIGHTS_FILE}, for example by from_pretrained and "
-            f"save_pretrained of transformers on a machine that may run that code"
-        )
-    return FileNotFoundError(
-        f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE} "
-        f"(pickle weights are neither downloaded nor loaded)"
-    )
+def _pieces(model: LanguageModel | ScalarModel) -> dict[str, list[Piece]]:
+    """Of all tensors: those transformers has no name for are stored as they are."""
+    state = model.state_dict()
+    own = {
+        name: [Piece(name, tuple(state[name].shape), lambda ours: ours)]
+        for name in own_tensors(model)
+    }
+    return pieces_of(model) | own
 
 
-def _read_header(path: Path) -> dict[str, _StoredTensor]:
-    """Names, shapes and dtypes; the file's length is checked against them."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            return {
-                key: _StoredTensor(path, tuple(view.get_shape()), view.get_dtype())
-                for key, view in slices.items()
-            }
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} is truncated or no safetensors file ({error}); download or copy it again"
-        ) from error
-
-
-def _check_weights(
-    model: Decoder,
-    stored: Mapping[str, _StoredTensor],
+def _check(
+    model: LanguageModel | ScalarModel,
+    stored: Mapping[str, StoredTensor],
     folder: Path,
     optional: Collection[str] = (),
 ) -> None:
     """Compare a model on the meta device with what is stored. One error lists every problem,
-    up to a handful."""
-    source = folder / (WEIGHTS_FILE if (folder / WEIGHTS_FILE).exists() else INDEX_FILE)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    problems = []
-    for key, shape in expected.items():
-        tensor = stored.get(key)
-        if tensor is None:
-            if key not in optional:
-                problems.append(f"{source}: {key} {shape} is missing{_missing_hint(key)}")
-        elif tensor.shape != shape:
+    up to a handful. optional: names of the state dict that may be missing."""
+    config, names = model.config, FAMILIES[model.config.family].weights
+    head, problems = f"{names.head}.weight", []
+    rows_of_vocabulary = {head, f"{names.prefix}{names.modules['embed_tokens']}.weight"}
+    known = {head, f"{names.head}.bias", "score.weight", "score.bias"}
+    for ours, pieces in _pieces(model).items():
+        for piece in pieces:
+            known.add(piece.name)
+            tensor = stored.get(piece.name)
+            if tensor is None:
+                if ours not in optional:
+                    hint = " (no starting model left its language-model head)"
+                    problems.append(
+                        f"{weights_source(folder)}: {piece.name} {piece.shape} is missing"
+                        f"{hint if piece.name == head else ''}"
+                    )
+            elif tensor.shape != piece.shape:
+                hint = f" (vocab_size {config.vocab_size})"
+                problems.append(
+                    f"{tensor.file}: {tensor.name} has shape {tensor.shape}, but {CONFIG_FILE} "
+                    f"makes it {piece.shape}{hint if piece.name in rows_of_vocabulary else ''}"
+                )
+            elif tensor.dtype not in FLOAT_DTYPES:
+                problems.append(
+                    f"{tensor.file}: {tensor.name} has dtype {tensor.dtype} "
+                    f"(supported: {', '.join(FLOAT_DTYPES)})"
+                )
+    for name, tensor in stored.items():
+        if name not in known and not name.startswith("score_hidden."):
             problems.append(
-                f"{tensor.file}: {key} has shape {tensor.shape}, but {CONFIG_FILE} "
-                f"makes it {shape}{_shape_hint(key, model.config)}"
+                f"{tensor.file}: {tensor.name} {tensor.shape} is not a tensor of this model"
             )
-        elif tensor.dtype not in _FLOAT_DTYPES:
-            problems.append(
-                f"{tensor.file}: {key} has dtype {tensor.dtype} "
-                f"(supported: {', '.join(_FLOAT_DTYPES)})"
-            )
-    for key, tensor in stored.items():
-        is_known = key in expected or key in _HEADS or key.endswith("rotary_emb.inv_freq")
-        if not is_known:
-            problems.append(f"{tensor.file}: {key} {tensor.shape} is not a tensor of this model")
     if problems:
         more = len(problems) - _MAX_PROBLEMS
         tail = [f"and {more} more"] if more > 0 else []
@@ -339,165 +206,105 @@ def _check_weights(
         )
 
 
-def _missing_hint(key: str) -> str:
-    if key != "lm_head.weight":
-        return ""
-    return " (tie_word_embeddings is false, and no starting model left its language-model head)"
-
-
-def _shape_hint(key: str, config: DecoderConfig) -> str:
-    if key not in ("model.embed_tokens.weight", "lm_head.weight"):
-        return ""
-    return f" (vocab_size {config.vocab_size})"
-
-
 @torch.no_grad()
 def _fill(
-    model: Decoder,
-    stored: Mapping[str, _StoredTensor],
+    model: LanguageModel | ScalarModel,
+    stored: Mapping[str, StoredTensor],
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> None:
     """Allocate a model that was built on the meta device and copy its weights in. The copy
     leaves no parameter backed by the file, which may be replaced while the model lives."""
+    all_pieces = _pieces(model)
     if dtype is None:
-        dtype = _FLOAT_DTYPES[stored["model.embed_tokens.weight"].dtype]
+        embedding = all_pieces["trunk.embed_tokens.weight"][0].name
+        dtype = FLOAT_DTYPES[stored[embedding].dtype]
     model.to(dtype).to_empty(device=device or "cpu")
-    weights = {name: tensor for name, tensor in model.state_dict().items() if name in stored}
-    for path in sorted({stored[name].file for name in weights}):
-        with safe_open(path, framework="pt") as file:
-            for name, tensor in weights.items():
-                if stored[name].file == path:
-                    tensor.copy_(file.get_tensor(name))
+    state = model.state_dict()
+    targets = {
+        piece.name: (piece, state[name])
+        for name, pieces in all_pieces.items()
+        for piece in pieces
+        if piece.name in stored
+    }
+
+    def write(name: str, tensor: Tensor) -> None:
+        piece, ours = targets[name]
+        piece.write(ours, tensor)
+
+    read_tensors({name: stored[name] for name in targets}, write)
 
 
-# Weights out
+# Out
 
 
 def save_model(
-    model: LanguageModel | ScalarModel, folder: str | Path, *, dtype: torch.dtype | None = None
+    model: LanguageModel | ScalarModel,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write a folder that transformers opens. dtype: None keeps that of the parameters.
+    max_shard_bytes: weights beyond it go to several files and an index.
 
-    Every file is replaced whole, config.json last: a folder killed while it is first written
-    has none, and does not load. Tokenizer files are not the model's, and not written here.
+    Files are replaced whole and weights at once, config.json last: a folder killed while it is
+    first written has none, and does not load. Tokenizer files are not the model's, and not
+    written here. ValueError if the model's family has no place for something the model has.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point dtype, not {dtype}")
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes must be positive, not {max_shard_bytes}")
+    state = model.state_dict()
+    stored_dtype = dtype or state["trunk.embed_tokens.weight"].dtype
+    config = _config_of(model, stored_dtype)
+    pieces = {
+        piece.name: (piece, state[name])
+        for name, found in pieces_of(model).items()
+        for piece in found
+    }
+
+    def read(name: str) -> Tensor:
+        piece, ours = pieces[name]
+        return piece.read(ours.detach()).to("cpu", dtype)
+
+    sizes = {
+        name: (dtype or ours.dtype).itemsize * math.prod(piece.shape)
+        for name, (piece, ours) in pieces.items()
+    }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {
-        name: tensor.detach().to("cpu", dtype).contiguous()
-        for name, tensor in model.state_dict().items()
-    }
-    config = model.config.to_hf()
-    config["dtype"] = str(state["model.embed_tokens.weight"].dtype).removeprefix("torch.")
-    # What another model may have left in the folder; the weights file goes before its index.
-    stale = [folder / INDEX_FILE]
     if isinstance(model, ScalarModel):
-        config["architectures"] = ["LlamaForSequenceClassification"]
+        own = {name: state[name] for name in own_tensors(model)}
+        with torch.device("meta"):
+            names = _kept_head_pieces(model.config)
+        own |= {names[name].name: tensor for name, tensor in model.kept_lm_head.items()}
+        write_tensors(
+            folder / HEAD_FILE,
+            {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in own.items()},
+        )
+        stale = folder / GENERATION_FILE  # what another model may have left
+    else:
+        write_json(folder / GENERATION_FILE, generation_to_hf(model.config))
+        stale = folder / HEAD_FILE
+    write_weights(folder, sizes, read, max_shard_bytes)
+    write_json(folder / CONFIG_FILE, config)
+    stale.unlink(missing_ok=True)
+
+
+def _config_of(model: LanguageModel | ScalarModel, dtype: torch.dtype) -> dict[str, Any]:
+    """The content of config.json."""
+    family = FAMILIES[model.config.family]
+    config = config_to_hf(model.config)
+    config.pop("torch_dtype", None)  # what older folders call dtype
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    for key in _LABELS:
+        config.pop(key, None)
+    if isinstance(model, ScalarModel):
+        config["architectures"] = [family.classifier]
         config["id2label"] = {"0": "LABEL_0"}  # one label is how transformers says num_labels 1
         config["label2id"] = {"LABEL_0": 0}
-        own = {"score.bias": state.pop("score.bias")}
-        if model.kept_lm_head is not None:
-            own["lm_head.weight"] = model.kept_lm_head.to("cpu", dtype).contiguous()
-        _write_tensors(folder / HEAD_FILE, own)
-        stale.append(folder / GENERATION_FILE)
     else:
-        config["architectures"] = ["LlamaForCausalLM"]
-        token_ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        generation = {key: value for key, value in token_ids.items() if value is not None}
-        _write_json(folder / GENERATION_FILE, generation)
-        stale.append(folder / HEAD_FILE)
-    _write_tensors(folder / WEIGHTS_FILE, state)
-    _write_json(folder / CONFIG_FILE, config)
-    for path in stale:
-        path.unlink(missing_ok=True)
-
-
-# Our notes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FolderNotes:
-    """What to know about a model that no Hugging Face file has a place for."""
-
-    prompt_template: str = "{prompt}"
-    """The text given to the model, with {prompt} once, where the prompt goes."""
-
-    def __post_init__(self) -> None:
-        template = self.prompt_template
-        if not isinstance(template, str) or template.count("{prompt}") != 1:
-            raise ValueError(
-                f"prompt_template must be a text with {{prompt}} in it exactly once, "
-                f"not {template!r}"
-            )
-
-
-def read_notes(folder: str | Path) -> FolderNotes:
-    """The defaults where the folder has no notes."""
-    path = Path(folder) / NOTES_FILE
-    if not path.exists():
-        return FolderNotes()
-    raw = _read_json(path)
-    known = [field.name for field in dataclasses.fields(FolderNotes)]
-    if unknown := sorted(raw.keys() - set(known)):
-        raise ValueError(f"{path}: unknown key {unknown[0]!r} (known: {', '.join(known)})")
-    try:
-        return FolderNotes(**raw)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def write_notes(notes: FolderNotes, folder: str | Path) -> None:
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / NOTES_FILE, dataclasses.asdict(notes))
-
-
-# Files
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path.parent} has no {path.name}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: a JSON object is expected, not {type(content).__name__}")
-    return content
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    # format: some versions of transformers refuse a file that does not name its framework.
-    _replace(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write elsewhere, flush, rename: a kill leaves the old file or the new one.
-
-    Elsewhere is a scratch folder of a fixed name: safetensors goes through temporary files of
-    its own, and whatever a kill leaves is swept by the next save.
-    """
-    scratch = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    try:
-        temporary = scratch / path.name
-        write(temporary)
-        # safetensors makes its files private; the umask, as the scratch folder got it, decides.
-        temporary.chmod(scratch.stat().st_mode & 0o666)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        config["architectures"] = [family.language_model]
+    return config

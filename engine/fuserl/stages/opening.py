@@ -10,8 +10,8 @@ from fuserl.config import DataConfig
 from fuserl.data.counts import Counts
 from fuserl.device import default_device
 from fuserl.model.config import DecoderConfig, small_config
-from fuserl.model.folder import FolderNotes, read_notes
 from fuserl.model.heads import LanguageModel
+from fuserl.model.notes import FolderNotes, read_notes
 from fuserl.policy import Policy, load_policy, no_tokenizer
 from fuserl.tokenizer import Tokenizer, load_tokenizer
 

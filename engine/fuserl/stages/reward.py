@@ -15,14 +15,11 @@ from fuserl.config import RewardConfig
 from fuserl.data.examples import Ranking, load_rankings
 from fuserl.data.rows import Source, source_name
 from fuserl.device import default_device
-from fuserl.model.folder import (
-    FolderNotes,
-    check_vocabulary,
-    load_config,
-    load_scalar_model,
-    resolve_folder,
-)
+from fuserl.model.config_json import load_config
+from fuserl.model.folder import check_vocabulary, load_scalar_model
 from fuserl.model.heads import ScalarModel
+from fuserl.model.hub import resolve_folder
+from fuserl.model.notes import FolderNotes
 from fuserl.optimizer import Optimizer
 from fuserl.policy import Policy, save_folder
 from fuserl.run import Run, prepare_folder

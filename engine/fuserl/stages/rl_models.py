@@ -8,8 +8,9 @@ import torch
 from fuserl.algorithms import ALGORITHMS
 from fuserl.config import RLConfig
 from fuserl.model.config import DecoderConfig
-from fuserl.model.folder import load_scalar_model, resolve_folder
+from fuserl.model.folder import load_scalar_model
 from fuserl.model.heads import ScalarModel
+from fuserl.model.hub import resolve_folder
 from fuserl.policy import Policy
 from fuserl.rewards import FunctionReward, ModelReward, Reward, RewardFunction
 from fuserl.tokenizer import Tokenizer, load_tokenizer
