@@ -28,6 +28,13 @@ class RolloutBatch:
     loss_mask: Tensor  # [B, T] bool
     logprobs: Tensor  # [B, T] fp32, of the policy that sampled
 
+    trunk_states: Tensor | None = None
+    """[tokens, D], of the decoder's dtype: for a hydra, the residual stream before the first
+    layer that trains, of the prompts (each once, however many samples it has) and then of the
+    completions, end to end. `select` leaves it whole: rows are found by trunk_starts."""
+    trunk_starts: Tensor | None = None
+    """[B, 2] int64: where the row's prompt and its completion begin in trunk_states."""
+
     def __len__(self) -> int:
         return len(self.prompts)
 
@@ -40,11 +47,13 @@ class RolloutBatch:
 
     def select(self, rows: Tensor) -> Self:
         """Rows by index, [n] int64."""
-        return self._map(lambda tensor: tensor[rows])
+        return self._map(lambda tensor: tensor[rows], whole=("trunk_states",))
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+    def _map(self, function: Callable[[Tensor], Tensor], whole: tuple[str, ...] = ()) -> Self:
         present = {
-            name: function(tensor) for name, tensor in self.fields().items() if tensor is not None
+            name: function(tensor)
+            for name, tensor in self.fields().items()
+            if tensor is not None and name not in whole
         }
         return dataclasses.replace(self, **present)
 

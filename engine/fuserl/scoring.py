@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fuserl.batch import RolloutBatch, ScoredBatch
 from fuserl.data.examples import Prompt
-from fuserl.model.heads import LanguageModel, ScalarModel
+from fuserl.model.heads import Critic, LanguageModel
 from fuserl.rewards import Reward
 from fuserl.sequences import Sequences, completion_logprobs, completion_values
 
@@ -20,7 +20,7 @@ def score(
     *,
     reward: Reward,
     reference: LanguageModel,
-    critic: ScalarModel | None,
+    critic: Critic | None,
     temperature: float,
     microbatch_size: int,
 ) -> ScoredBatch:

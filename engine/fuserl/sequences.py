@@ -13,7 +13,9 @@ from torch import Tensor
 
 import fuserl_kernels as fk
 from fuserl.batch import RolloutBatch
-from fuserl.model.heads import LanguageModel, ScalarModel
+from fuserl.model import hydra
+from fuserl.model.decoder import Decoder
+from fuserl.model.heads import Critic, LanguageModel, ScalarModel
 from fuserl.model.packing import Packing, rows_and_offsets
 
 
@@ -27,6 +29,7 @@ class Sequences:
     prompt_lengths: Tensor  # [B] int64
     rows: Tensor  # [M] int64, the sequence of each completion token
     slots: Tensor  # [M] int64, its place in the completion
+    trunk_states: Tensor | None = None  # [N, D], of the tokens: see RolloutBatch
 
     @classmethod
     def of(
@@ -57,7 +60,9 @@ class Sequences:
         token_ids[starts[prompt_rows] + prompt_slots] = batch.prompts[prompt_rows, prompt_slots]
         first = starts + batch.prompt_lengths
         token_ids[first[rows] + slots] = batch.completions[rows, slots]
-        return cls(token_ids, packing, batch.prompt_lengths, rows, slots)
+        return cls(
+            token_ids, packing, batch.prompt_lengths, rows, slots, _trunk_states(batch, packing)
+        )
 
     @property
     def own(self) -> Tensor:
@@ -83,6 +88,11 @@ class Sequences:
         padded = packed.new_zeros(len(self.prompt_lengths), width)
         return padded.index_put((self.rows, self.slots), packed)
 
+    def hidden_states(self, trunk: Decoder) -> Tensor:
+        """Of all tokens, after the final norm, [N, D]; a hydra's decoder begins where its shared
+        layers end."""
+        return hydra.hidden_states(trunk, self.token_ids, self.packing, self.trunk_states)
+
     def states_by_slot(self, states: Tensor, width: int) -> Tensor:
         """What was known before each completion token, [N] to [B, T], T = width: slot t is the
         token before completion token t. The slot behind a completion's end is its last token;
@@ -91,6 +101,16 @@ class Sequences:
         slots = torch.arange(width, device=states.device)
         where = torch.minimum(first[:, None] + slots, self.packing.last[:, None])
         return states[where]
+
+
+def _trunk_states(batch: RolloutBatch, packing: Packing) -> Tensor | None:
+    """What the batch keeps of its tokens' streams, in the order of the packing."""
+    if batch.trunk_states is None or batch.trunk_starts is None:
+        return None
+    in_completion = packing.positions >= batch.prompt_lengths[packing.rows]
+    starts = batch.trunk_starts.clone()
+    starts[:, 1] -= batch.prompt_lengths  # so that both are added to a position in the whole row
+    return batch.trunk_states[starts[packing.rows, in_completion.long()] + packing.positions]
 
 
 def mask_of_lengths(lengths: Tensor, width: int) -> Tensor:
@@ -106,7 +126,7 @@ def completion_logprobs(
 ) -> Tensor:
     """Log-probabilities of the completion tokens, [M] fp32, 0 where loss_mask ([M]) is False.
     Differentiable in the model's parameters."""
-    hidden = model(sequences.token_ids, sequences.packing)
+    hidden = sequences.hidden_states(model.trunk)
     return fk.linear_token_logprobs(
         hidden.index_select(0, sequences.before),
         model.output_weight,
@@ -118,10 +138,14 @@ def completion_logprobs(
     )
 
 
-def completion_values(model: ScalarModel, sequences: Sequences, width: int) -> Tensor:
-    """The scalar head before each completion token, [B, T] fp32, T = width."""
-    values = model(sequences.token_ids, sequences.packing)
-    return sequences.states_by_slot(values, width)
+def completion_values(
+    critic: Critic, sequences: Sequences, width: int, hidden: Tensor | None = None
+) -> Tensor:
+    """The critic's values before each completion token, [B, T] fp32, T = width. hidden: [N, D],
+    what its decoder gives, where that is there already."""
+    if hidden is None:
+        hidden = sequences.hidden_states(critic.trunk)
+    return sequences.states_by_slot(critic.head(hidden), width)
 
 
 def last_values(model: ScalarModel, sequences: Sequences) -> Tensor:

@@ -13,7 +13,7 @@ from fuserl.batch import ShapedBatch
 from fuserl.config import RLConfig
 from fuserl.conventions import conventions
 from fuserl.metrics import WeightedMean
-from fuserl.model.heads import LanguageModel, ScalarModel
+from fuserl.model.heads import Critic, LanguageModel
 from fuserl.optimizer import Optimizer
 from fuserl.sequences import Sequences, completion_values
 from fuserl.shaping import whitened
@@ -34,7 +34,7 @@ LOGGED_AS = {
 
 def update(
     policy: LanguageModel,
-    critic: ScalarModel | None,
+    critic: Critic | None,
     optimizer: Optimizer,
     batch: ShapedBatch,
     config: RLConfig,
@@ -61,7 +61,7 @@ def update(
 
 def _step(
     policy: LanguageModel,
-    critic: ScalarModel | None,
+    critic: Critic | None,
     optimizer: Optimizer,
     batch: ShapedBatch,
     config: RLConfig,
@@ -72,13 +72,14 @@ def _step(
         batch = whitened(batch, preset)
     policy_tokens = batch.loss_mask.sum()
     value_tokens = _value_loss_mask(batch, preset).sum()
+    shares_trunk = critic is not None and critic.trunk is policy.trunk
     totals = WeightedMean()
     predicted: list[Tensor] = []
     aimed: list[Tensor] = []
     for rows in torch.arange(len(batch), device=batch.prompts.device).split(config.microbatch_size):
         part = batch.select(rows)
         sequences = Sequences.of_batch(part)
-        hidden = policy(sequences.token_ids, sequences.packing)
+        hidden = sequences.hidden_states(policy.trunk)
         loss, metrics = fk.linear_policy_loss(
             hidden.index_select(0, sequences.before),
             policy.output_weight,
@@ -94,12 +95,15 @@ def _step(
             entropy_coef=config.entropy_coef,
             **preset.policy(),
         )
-        loss.backward()
+        if not shares_trunk:
+            loss.backward()  # before the critic's forward: one graph at a time
         around_one = metrics["val/ratio_var"] + (metrics["val/ratio"] - 1).square()
         metrics["val/ratio_var"] = around_one  # a second moment adds up; see below
         totals.add(metrics, weight=part.loss_mask.sum())
-        if critic is not None and part.values is not None:
-            values = completion_values(critic, sequences, part.completions.shape[1])
+        if critic is not None:
+            assert part.values is not None
+            width = part.completions.shape[1]
+            values = completion_values(critic, sequences, width, hidden if shares_trunk else None)
             learned = _value_loss_mask(part, preset)
             value_loss, metrics = fk.value_loss(
                 values,
@@ -109,7 +113,8 @@ def _step(
                 denominator=value_tokens,
                 **preset.value(),
             )
-            (config.vf_coef * value_loss).backward()
+            value_loss = config.vf_coef * value_loss
+            (loss + value_loss if shares_trunk else value_loss).backward()
             totals.add(metrics, weight=learned.sum())
             predicted.append(values.detach()[learned])
             aimed.append(part.returns[learned])

@@ -175,6 +175,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False  # recompute each layer in the backward pass
+        self.shared_layers = 0  # lowest ones held in common with a policy: see hydra.py
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.rope is None:
             self.embed_positions = nn.Embedding(config.max_positions, config.hidden_size)

@@ -65,13 +65,61 @@ class LanguageModel(nn.Module):
             self.lm_head_bias.zero_()
 
 
-class ScalarModel(nn.Module):
-    """A decoder with a scalar head: a reward model or a critic.
+class ScalarHead(nn.Module):
+    """One number from a hidden state: of a reward model, of a critic, or of a critic on another
+    model's decoder.
 
-    head: one product, or an MLP of one hidden layer twice as wide with ReLU (as trlX's value
+    kind: one product, or an MLP of one hidden layer twice as wide with ReLU (as trlX's value
     head). The bias lets a reward model be centred (references score 0 on average) and lets a
     critic that starts from it inherit the same scale.
     """
+
+    def __init__(self, size: int, kind: HeadKind = "linear") -> None:
+        super().__init__()
+        if kind == "mlp":
+            self.score_hidden: nn.Linear | None = nn.Linear(size, 2 * size)
+            self.score = nn.Linear(2 * size, 1)
+        else:
+            self.score_hidden = None
+            self.score = nn.Linear(size, 1)
+
+    @property
+    def head_kind(self) -> HeadKind:
+        return "linear" if self.score_hidden is None else "mlp"
+
+    @torch.no_grad()
+    def initialize_head(self, seed: int) -> None:
+        """N(0, 1 / (D + 1)), bias zero, as in Huang et al., 2024 (the N+ implementation
+        details of RLHF with PPO)."""
+        generator = torch.Generator(device=self.score.weight.device).manual_seed(seed)
+        for linear in (self.score_hidden, self.score):
+            if linear is not None:
+                std = (linear.in_features + 1) ** -0.5
+                linear.weight.normal_(std=std, generator=generator)
+                linear.bias.zero_()
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """[..., D] to [...] fp32, computed in fp32 under a narrower decoder too: rounded to bf16,
+        values around 1 would differ by 0.004 or not at all."""
+        if self.score_hidden is not None:
+            hidden = torch.relu(_wide_linear(self.score_hidden, hidden))
+        return _wide_linear(self.score, hidden).squeeze(-1).float()
+
+
+class SharedCritic(ScalarHead):
+    """A critic on the policy's own decoder, which is no part of this module: neither its
+    parameters nor its state."""
+
+    trunk: Decoder
+
+    def __init__(self, policy: LanguageModel, kind: HeadKind = "linear") -> None:
+        super().__init__(policy.config.hidden_size, kind)
+        self.to(device=policy.device, dtype=policy.trunk.dtype)
+        object.__setattr__(self, "trunk", policy.trunk)
+
+
+class ScalarModel(ScalarHead):
+    """A decoder with a scalar head: a reward model or a critic."""
 
     kept_lm_head: dict[str, Tensor]
     """What a language-model head that is not the embeddings held in the model this one started
@@ -81,21 +129,24 @@ class ScalarModel(nn.Module):
     def __init__(
         self, config: DecoderConfig, head: HeadKind = "linear", trunk: Decoder | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(config.hidden_size, head)
         self.trunk = Decoder(config) if trunk is None else trunk
         self.kept_lm_head = {}
-        size = config.hidden_size
-        if head == "mlp":
-            self.score_hidden: nn.Linear | None = nn.Linear(size, 2 * size)
-            self.score = nn.Linear(2 * size, 1)
-        else:
-            self.score_hidden = None
-            self.score = nn.Linear(size, 1)
 
     @classmethod
-    def on_trunk(cls, model: LanguageModel, seed: int, head: HeadKind = "linear") -> Self:
-        """A copy of the model's decoder under a head drawn from the seed."""
-        scalar = cls(model.config, head, copy.deepcopy(model.trunk).requires_grad_(True))
+    def on_trunk(
+        cls,
+        model: LanguageModel,
+        seed: int,
+        head: HeadKind = "linear",
+        *,
+        trunk: Decoder | None = None,
+    ) -> Self:
+        """The model's decoder under a head drawn from the seed. trunk: default a copy of it, all
+        of which trains."""
+        if trunk is None:
+            trunk = copy.deepcopy(model.trunk).requires_grad_(True)
+        scalar = cls(model.config, head, trunk)
         scalar.to(device=model.device, dtype=model.trunk.dtype)
         scalar.initialize_head(seed)
         scalar.kept_lm_head = {
@@ -119,27 +170,12 @@ class ScalarModel(nn.Module):
         self.trunk.initialize(torch.Generator(device=self.device).manual_seed(seed))
         self.initialize_head(seed)
 
-    @torch.no_grad()
-    def initialize_head(self, seed: int) -> None:
-        """N(0, 1 / (D + 1)), bias zero, as in Huang et al., 2024 (the N+ implementation
-        details of RLHF with PPO)."""
-        generator = torch.Generator(device=self.device).manual_seed(seed)
-        for linear in (self.score_hidden, self.score):
-            if linear is not None:
-                std = (linear.in_features + 1) ** -0.5
-                linear.weight.normal_(std=std, generator=generator)
-                linear.bias.zero_()
-
     def forward(self, token_ids: Tensor, packing: Packing) -> Tensor:
         """token_ids: [N] int64, packed. Returns the value after each token, [N] fp32."""
         return self.head(self.trunk(token_ids, packing))
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """[..., D] to [...] fp32, computed in fp32 under a narrower decoder too: rounded to bf16,
-        values around 1 would differ by 0.004 or not at all."""
-        if self.score_hidden is not None:
-            hidden = torch.relu(_wide_linear(self.score_hidden, hidden))
-        return _wide_linear(self.score, hidden).squeeze(-1).float()
+
+Critic = ScalarModel | SharedCritic
 
 
 def _wide_linear(linear: nn.Linear, x: Tensor) -> Tensor:

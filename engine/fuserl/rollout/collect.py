@@ -45,6 +45,7 @@ def rollout(
         num_samples=config.num_samples,
         request_ids=range(step * len(prompts), (step + 1) * len(prompts)),
         on_step=on_token,
+        keep_before=model.trunk.shared_layers,
     )
     # One slot more than the longest completion, where the limit leaves room for it.
     width = min(config.max_new_tokens, out.token_ids.shape[1] + 1)
@@ -57,4 +58,6 @@ def rollout(
         has_eos=out.has_eos,
         loss_mask=mask_of_lengths(out.lengths, width),
         logprobs=pad(out.logprobs, padding),
+        trunk_states=out.trunk_states,
+        trunk_starts=out.trunk_starts,
     )

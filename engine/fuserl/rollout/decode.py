@@ -16,6 +16,7 @@ from fuserl.data.batching import pad_rows
 from fuserl.model.config import DecoderConfig
 from fuserl.model.heads import LanguageModel
 from fuserl.model.packing import Packing
+from fuserl.model.trunk_keeper import TrunkKeeper
 from fuserl.rollout.sampling import SamplingParams
 
 KEEP_SHARE = 0.75
@@ -32,6 +33,8 @@ class Completions:
     lengths: Tensor  # [R] int64, EOS included
     has_eos: Tensor  # [R] bool
     logprobs: Tensor  # [R, T] fp32, 0 after the end
+    trunk_states: Tensor | None = None  # [tokens, D]: see RolloutBatch
+    trunk_starts: Tensor | None = None  # [R, 2] int64
 
 
 @torch.no_grad()
@@ -45,12 +48,14 @@ def decode(
     num_samples: int = 1,
     request_ids: Sequence[int] | None = None,
     on_step: Callable[[], None] | None = None,
+    keep_before: int = 0,
 ) -> Completions:
     """Sample `num_samples` completions of every prompt.
 
     max_new_tokens: one limit, or one a prompt. eos_token_id None: nothing but the limit ends a
     row. request_ids: one a row (prompt-major), default the row's number. on_step is called
-    before each token and may raise to give the rollout up.
+    before each token and may raise to give the rollout up. keep_before: the layer before which
+    the residual stream of every token is kept, in trunk_states (0: nothing is).
 
     Raises ValueError for an empty prompt, for a token id outside the vocabulary, for a request
     longer than the model's positions, and for logits that hold no distribution (NaN).
@@ -66,8 +71,9 @@ def decode(
 
     # An ended row decodes on, unread, until it is dropped: its slot has room for that.
     packing = Packing.of([len(prompt) for prompt in prompts], device)
-    cache = model.trunk.new_cache(packing, rows, max(limits))
-    hidden = model.trunk.prefill(padded[packing.rows, packing.positions], cache)
+    trunk = TrunkKeeper(model.trunk, keep_before) if keep_before else model.trunk
+    cache = trunk.new_cache(packing, rows, max(limits))
+    hidden = trunk.prefill(padded[packing.rows, packing.positions], cache)
     hidden = hidden[packing.last[rows]]  # [rows, D]
 
     width = max(limits)
@@ -108,8 +114,12 @@ def decode(
         if num_running <= KEEP_SHARE * len(live):
             cache.keep(running.nonzero().squeeze(1))
             live, drawn = live[running], drawn[running]
-        hidden = model.trunk.decode(drawn, cache)
+        hidden = trunk.decode(drawn, cache)
 
+    kept: tuple[Tensor | None, Tensor | None] = (None, None)
+    if isinstance(trunk, TrunkKeeper):
+        last = token_ids.gather(1, ended_at[:, None] - 1).squeeze(1)
+        kept = trunk.finish(last, ended_at, cache)
     longest = int(ended_at.max())
     return Completions(
         prompts=padded[rows],
@@ -118,6 +128,8 @@ def decode(
         lengths=ended_at,
         has_eos=has_eos,
         logprobs=logprobs[:, :longest],
+        trunk_states=kept[0],
+        trunk_starts=kept[1],
     )
 
 
