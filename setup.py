@@ -64,7 +64,7 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100"],
-        "oracles": ["trl==1.16.0", "liger-kernel==0.8.5"],
+        "oracles": ["trl==1.16.0", "liger-kernel==0.8.5", "peft==0.21.2"],
         "lint": ["ruff", "mypy", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["fuserl=fuserl.cli:main"]},
