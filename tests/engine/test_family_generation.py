@@ -1,6 +1,5 @@
 """Cached decoding of every family: greedy, token for token what transformers generates."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest

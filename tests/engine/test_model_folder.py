@@ -1,84 +1,46 @@
-"""Model folders: bits survive, transformers agrees, and every fault is named before anything
-is allocated."""
+"""Model folders: bits survive, transformers agrees, heads find their places, and every fault in the
+weights is named before anything is allocated. Each family against transformers is
+test_families.py."""
 
 import copy
 import dataclasses
 import json
 import os
-import signal
-import stat
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from folders import (
+    BIASED_HEAD,
+    TIED,
+    UNTIED,
+    assert_same_bits,
+    edit_json,
+    edit_weights,
+    language_model,
+    load_in_transformers,
+    reward_model,
+)
+from packed import run
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from fuserl.model import folder as folders
-from fuserl.model.config import SMALL_NAMES, DecoderConfig
+from fuserl.model.config import DecoderConfig
 from fuserl.model.folder import (
-    FolderNotes,
     check_vocabulary,
-    load_config,
+    is_reward_model,
     load_language_model,
     load_scalar_model,
-    read_notes,
-    resolve_folder,
     save_model,
-    write_notes,
 )
-from fuserl.model.heads import LanguageModel, ScalarModel
+from fuserl.model.heads import ScalarModel
+from fuserl.model.weights import hf_state, load_hf_state
 
-TIED = DecoderConfig(
-    vocab_size=40,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    bos_token_id=1,
-    eos_token_id=2,
+BOTH = pytest.mark.parametrize(
+    "config", [TIED, UNTIED, BIASED_HEAD], ids=["tied", "untied", "biased head"]
 )
-UNTIED = dataclasses.replace(
-    TIED, tie_embeddings=False, attention_bias=True, head_dim=12, pad_token_id=0
-)
-BOTH = pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
-
-
-def language_model(config: DecoderConfig, seed: int = 0) -> LanguageModel:
-    model = LanguageModel(dataclasses.replace(config, init_std=0.3))
-    model.initialize(seed)
-    return model
-
-
-def reward_model(config: DecoderConfig, bias: float = 0.25) -> ScalarModel:
-    model = ScalarModel(dataclasses.replace(config, init_std=0.3))
-    model.initialize(0)
-    model.initialize_head(1)
-    with torch.no_grad():
-        model.score.bias.fill_(bias)
-    return model
-
-
-def assert_same_bits(first: torch.nn.Module, second: torch.nn.Module) -> None:
-    ours, theirs = first.state_dict(), second.state_dict()
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
-def edit_json(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    weights = load_file(folder / "model.safetensors")
-    edit(weights)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.fixture
@@ -86,17 +48,6 @@ def saved(tmp_path: Path) -> Path:
     """A sound folder of a tied language model."""
     save_model(language_model(TIED), tmp_path / "model")
     return tmp_path / "model"
-
-
-@pytest.fixture
-def sharded(tmp_path: Path) -> Path:
-    """A folder in several weight files, as transformers writes it."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    model = LlamaForCausalLM(LlamaConfig(**TIED.to_hf()))
-    model.save_pretrained(tmp_path / "sharded", max_shard_size=3000)
-    assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 2
-    return tmp_path / "sharded"
 
 
 # Bits
@@ -160,7 +111,7 @@ def test_a_language_model_gets_a_new_head(config: DecoderConfig, tmp_path: Path)
     save_model(model, tmp_path)
     first, head_is_new = load_scalar_model(tmp_path, head_seed=3)
     assert head_is_new
-    assert torch.equal(first.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    assert torch.equal(first.trunk.embed_tokens.weight, model.trunk.embed_tokens.weight)
     assert first.score.weight.abs().max() > 0
     assert first.score.bias.item() == 0
     assert_same_bits(first, load_scalar_model(tmp_path, head_seed=3)[0])
@@ -172,7 +123,7 @@ def test_a_tied_reward_folder_gives_a_language_model(tmp_path: Path) -> None:
     model = reward_model(TIED)
     save_model(model, tmp_path)
     loaded = load_language_model(tmp_path)
-    assert torch.equal(loaded.output_weight, model.model.embed_tokens.weight)
+    assert torch.equal(loaded.output_weight, model.trunk.embed_tokens.weight)
 
 
 def test_an_untied_reward_folder_from_scratch_has_no_language_model(tmp_path: Path) -> None:
@@ -193,14 +144,14 @@ def test_a_reward_folder_keeps_the_head_of_its_starting_model(
     first, _ = load_scalar_model(tmp_path / "start", dtype=None)
     assert "lm_head.weight" not in first.state_dict()
     with torch.no_grad():
-        first.model.norm.weight.mul_(2)
+        first.trunk.norm.weight.mul_(2)
     save_model(first, tmp_path / "first")
     second, head_is_new = load_scalar_model(tmp_path / "first")
     assert not head_is_new
     save_model(copy.deepcopy(second), tmp_path / "second", dtype=dtype)
     back = load_language_model(tmp_path / "second", dtype=None)
     assert torch.equal(back.lm_head.weight, start.lm_head.weight.to(dtype))
-    assert torch.equal(back.model.norm.weight, first.model.norm.weight.to(dtype))
+    assert torch.equal(back.trunk.norm.weight, first.trunk.norm.weight.to(dtype))
     load_in_transformers(AutoModelForSequenceClassification, tmp_path / "second")
 
 
@@ -233,15 +184,43 @@ def test_a_bias_without_its_head_is_an_error(saved: Path) -> None:
         load_scalar_model(saved)
 
 
+@BOTH
+def test_a_mlp_head_is_kept_in_our_own_file(config: DecoderConfig, tmp_path: Path) -> None:
+    start = language_model(config)
+    save_model(start, tmp_path / "start")
+    assert not is_reward_model(tmp_path / "start")
+    model, head_is_new = load_scalar_model(tmp_path / "start", head="mlp", head_seed=4)
+    assert head_is_new
+    assert model.score_hidden is not None
+    torch.nn.init.normal_(model.score_hidden.bias)
+    save_model(model, tmp_path / "reward")
+    with safe_open(tmp_path / "reward" / "model.safetensors", framework="pt") as file:
+        assert not any("score" in name for name in file.keys())  # noqa: SIM118
+    assert is_reward_model(tmp_path / "reward")
+    back, head_is_new = load_scalar_model(tmp_path / "reward")  # its kind is in the folder
+    assert not head_is_new
+    assert_same_bits(back, model)
+    assert_same_bits(load_language_model(tmp_path / "reward"), start)
+
+
+def test_a_mlp_head_left_by_a_kill_is_an_error(tmp_path: Path) -> None:
+    save_model(reward_model(TIED, head="mlp"), tmp_path)
+    head = (tmp_path / "fuserl_head.safetensors").read_bytes()
+    save_model(language_model(TIED), tmp_path)
+    (tmp_path / "fuserl_head.safetensors").write_bytes(head)
+    with pytest.raises(ValueError, match=r"fuserl_head\.safetensors has score.* two models"):
+        load_scalar_model(tmp_path)
+
+
+def test_the_bias_of_a_language_model_head_comes_through_a_reward_folder(tmp_path: Path) -> None:
+    start = language_model(BIASED_HEAD)
+    save_model(ScalarModel.on_trunk(start, seed=0), tmp_path / "reward")
+    assert_same_bits(load_language_model(tmp_path / "reward"), start)
+    model, _ = load_scalar_model(tmp_path / "reward")
+    assert model.kept_lm_head.keys() == {"lm_head.weight", "lm_head_bias"}
+
+
 # transformers
-
-
-def load_in_transformers(auto_class: Any, folder: Path) -> Any:
-    model, info = auto_class.from_pretrained(folder, output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    assert not info["mismatched_keys"]
-    return model
 
 
 @BOTH
@@ -253,7 +232,7 @@ def test_transformers_opens_our_language_model(config: DecoderConfig, tmp_path: 
     theirs = load_in_transformers(AutoModelForCausalLM, tmp_path / "ours")
     token_ids = torch.randint(config.vocab_size, (2, 9))
     with torch.no_grad():
-        logits = ours(token_ids) @ ours.output_weight.T
+        logits = ours.logits(run(ours, token_ids.tolist())).view(2, 9, -1)
         torch.testing.assert_close(logits, theirs(token_ids).logits, rtol=1e-5, atol=1e-5)
     assert theirs.generation_config.eos_token_id == config.eos_token_id
     assert theirs.generation_config.pad_token_id == config.pad_token_id
@@ -275,7 +254,8 @@ def test_transformers_opens_our_reward_model(config: DecoderConfig, tmp_path: Pa
     token_ids = torch.randint(1, config.vocab_size, (2, 9))
     with torch.no_grad():
         scores = theirs(token_ids).logits.squeeze(-1) + 0.25
-        torch.testing.assert_close(ours.values(token_ids)[:, -1], scores, rtol=1e-5, atol=1e-5)
+        values = run(ours, token_ids.tolist()).view(2, 9)[:, -1]
+        torch.testing.assert_close(values, scores, rtol=1e-5, atol=1e-5)
 
     theirs.save_pretrained(tmp_path / "theirs")  # without our bias file
     back, head_is_new = load_scalar_model(tmp_path / "theirs")
@@ -291,22 +271,6 @@ def test_transformers_opens_bfloat16(tmp_path: Path) -> None:
 
     save_model(language_model(TIED), tmp_path, dtype=torch.bfloat16)
     assert load_in_transformers(AutoModelForCausalLM, tmp_path).dtype == torch.bfloat16
-
-
-def test_a_sharded_folder_loads(sharded: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    theirs = AutoModelForCausalLM.from_pretrained(sharded).state_dict()
-    ours = load_language_model(sharded).state_dict()
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert load_scalar_model(sharded)[1]
-
-
-def test_saving_over_a_sharded_folder_takes_its_place(sharded: Path) -> None:
-    model = language_model(TIED, seed=5)
-    save_model(model, sharded)
-    assert not (sharded / "model.safetensors.index.json").exists()
-    assert_same_bits(load_language_model(sharded), model)
 
 
 # Faults in the weights
@@ -392,136 +356,39 @@ def test_known_extra_tensors_are_ignored(saved: Path) -> None:
     assert_same_bits(load_language_model(saved), language_model(TIED))
 
 
-@pytest.mark.usefixtures("no_allocation")
-@pytest.mark.parametrize("size", [0, 5, 300, -1], ids=["empty", "length", "header", "data"])
-def test_truncated_weights(size: int, saved: Path) -> None:
-    path = saved / "model.safetensors"
-    os.truncate(path, size if size >= 0 else path.stat().st_size - 1)
-    with pytest.raises(ValueError, match=r"model\.safetensors is truncated or no safetensors"):
-        load_language_model(saved)
+def test_masks_that_old_checkpoints_stored_are_ignored(tmp_path: Path) -> None:
+    model = language_model(BIASED_HEAD)
+    save_model(model, tmp_path)
+    masks = {
+        "transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8),
+        "transformer.h.0.attn.masked_bias": torch.tensor(-1e9),
+    }
+    edit_weights(tmp_path, lambda weights: weights.update(masks))
+    assert_same_bits(load_language_model(tmp_path), model)
 
 
-@pytest.mark.usefixtures("no_allocation")
-def test_missing_shard(sharded: Path) -> None:
-    shard = sorted(sharded.glob("model-*.safetensors"))[1]
-    shard.unlink()
-    with pytest.raises(FileNotFoundError, match=rf"{shard.name} \(with model\.") as caught:
-        load_language_model(sharded)
-    assert str(sharded) in str(caught.value)
+@pytest.mark.parametrize("config", [TIED, BIASED_HEAD], ids=["llama", "gptj"])
+def test_a_base_model_has_no_prefix(config: DecoderConfig, tmp_path: Path) -> None:
+    model = language_model(config)
+    save_model(model, tmp_path)
+
+    def strip(weights: dict[str, torch.Tensor]) -> None:
+        for name in list(weights):
+            weights[name.removeprefix("model.").removeprefix("transformer.")] = weights.pop(name)
+
+    edit_weights(tmp_path, strip)
+    assert_same_bits(load_language_model(tmp_path), model)
+    assert torch.equal(load_scalar_model(tmp_path)[0].trunk.norm.weight, model.trunk.norm.weight)
 
 
-@pytest.mark.usefixtures("no_allocation")
-def test_truncated_shard(sharded: Path) -> None:
-    shard = sorted(sharded.glob("model-*.safetensors"))[1]
-    os.truncate(shard, shard.stat().st_size - 1)
-    with pytest.raises(ValueError, match=rf"{shard.name} is truncated"):
-        load_language_model(sharded)
-
-
-@pytest.mark.usefixtures("no_allocation")
-def test_a_shard_that_lacks_what_the_index_promises(sharded: Path) -> None:
-    shard = sorted(sharded.glob("model-*.safetensors"))[1]
-    weights = load_file(shard)
-    key, _ = weights.popitem()
-    save_file(weights | {"lm_head.weight": torch.ones(1)}, shard)
-    with pytest.raises(ValueError, match=rf"{shard.name}: {key} is missing, though .*index\.json"):
-        load_language_model(sharded)
-
-
-@pytest.mark.usefixtures("no_allocation")
-def test_a_tensor_in_two_shards_is_an_error(sharded: Path) -> None:
-    first, second = sorted(sharded.glob("model-*.safetensors"))[:2]
-    save_file(load_file(first) | load_file(second), second)
-    with pytest.raises(ValueError, match=rf"is both in .*{first.name} and in .*{second.name}"):
-        load_language_model(sharded)
-
-
-@pytest.mark.usefixtures("no_allocation")
-def test_a_broken_index(sharded: Path) -> None:
-    (sharded / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}')
-    with pytest.raises(ValueError, match=r"index\.json: weight_map"):
-        load_language_model(sharded)
-
-
-@pytest.mark.usefixtures("no_allocation")
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt"])
-def test_pickle_weights_are_refused(name: str, saved: Path) -> None:
-    (saved / "model.safetensors").unlink()
-    torch.save({}, saved / name)
-    with pytest.raises(ValueError, match=rf"{name} is a pickle.*refused; convert.*safetensors"):
-        load_language_model(saved)
-
-
-def test_pickle_weights_beside_safetensors_are_left_alone(saved: Path) -> None:
-    (saved / "pytorch_model.bin").write_bytes(b"not even a pickle")
-    assert_same_bits(load_language_model(saved), language_model(TIED))
-
-
-@pytest.mark.usefixtures("no_allocation")
-def test_no_weights_at_all(saved: Path) -> None:
-    (saved / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor .*index\.json"):
-        load_language_model(saved)
-
-
-# Faults in config.json
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"auto_map": {"AutoModel": "modeling_x.X"}}, "auto_map is refused: .*code"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is refused"),
-        ({"model_type": "mamba"}, "model_type 'mamba' is not supported"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope type 'llama3'"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "rope type 'linear'"),
-        ({"hidden_size": "16"}, "hidden_size must be int, not '16'"),
-        ({"head_dim": 8.5}, r"head_dim must be int or null, not 8\.5"),
-        ({"num_attention_heads": 0}, "num_attention_heads must be positive"),
-        ({"num_key_value_heads": -1}, "num_key_value_heads must be positive"),
-    ],
-)
-def test_configs_that_are_refused(changes: dict[str, Any], message: str, saved: Path) -> None:
-    edit_json(saved / "config.json", **changes)
-    with pytest.raises(ValueError, match=r"config\.json: .*" + message) as caught:
-        load_config(saved)
-    assert str(saved) in str(caught.value)
-
-
-@pytest.mark.parametrize(("listed", "kept"), [([2, 5], 2), ([], None)])
-def test_of_several_eos_tokens_the_first_is_kept(
-    listed: list[int], kept: int | None, saved: Path
-) -> None:
-    edit_json(saved / "config.json", eos_token_id=listed)
-    assert load_config(saved).eos_token_id == kept
-
-
-def test_a_config_without_a_key(saved: Path) -> None:
-    config = json.loads((saved / "config.json").read_text())
-    del config["num_hidden_layers"]
-    (saved / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"config\.json: key 'num_hidden_layers' is missing"):
-        load_config(saved)
-
-
-def test_a_folder_without_a_config(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
-        load_config(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b'{\n"a": ,\n}', r"config\.json:2: not JSON"),
-        (b"[1]", r"config\.json: a JSON object is expected, not list"),
-        (b"\xff\xfe", r"config\.json: not JSON"),
-    ],
-)
-def test_a_config_that_is_not_json(content: bytes, message: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        load_config(tmp_path)
+def test_weights_in_memory_are_checked_as_a_folder_is() -> None:
+    model = language_model(TIED)
+    weights = {name: tensor.clone() for name, tensor in hf_state(model).items()}
+    norm = weights.pop("model.norm.weight")
+    with pytest.raises(ValueError, match=r"model\.norm\.weight \(16,\) is missing"):
+        load_hf_state(model, weights)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight has shape \(15,\).*\(16,\)"):
+        load_hf_state(model, weights | {"model.norm.weight": norm[1:]})
 
 
 def test_vocabularies() -> None:
@@ -529,172 +396,3 @@ def test_vocabularies() -> None:
     check_vocabulary(TIED, 30, "a/folder")  # padded to a round size
     with pytest.raises(ValueError, match=r"a/folder: the tokenizer has 41 tokens.* is 40"):
         check_vocabulary(TIED, 41, "a/folder")
-
-
-# Interrupted saves
-
-
-INTERRUPTED_SAVE = """
-import os, signal, sys
-from pathlib import Path
-from fuserl.model import folder
-from fuserl.model.config import small_config
-from fuserl.model.heads import LanguageModel
-
-write = folder.save_file
-def write_half(tensors, path, metadata):
-    write(tensors, path, metadata)
-    os.truncate(path, os.path.getsize(path) // 2)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-folder.save_file = write_half
-assert "transformers" not in sys.modules and "huggingface_hub" not in sys.modules
-folder.save_model(LanguageModel(small_config("tiny")), sys.argv[1])
-"""
-
-
-def test_a_save_killed_in_the_middle_leaves_the_old_weights(saved: Path) -> None:
-    process = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED_SAVE, str(saved)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        check=False,
-    )
-    assert process.returncode == -signal.SIGKILL
-    assert_same_bits(load_language_model(saved), language_model(TIED))
-    names = {"config.json", "generation_config.json", "model.safetensors"}
-    assert set(os.listdir(saved)) > names  # what the kill left
-    save_model(language_model(TIED, seed=1), saved)
-    assert set(os.listdir(saved)) == names
-
-
-def test_a_save_that_fails_leaves_the_old_weights(
-    saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def write_some(tensors: Any, path: Path, metadata: Any) -> None:
-        path.write_bytes(b"half")
-        raise OSError("no space left on device")
-
-    before = sorted(os.listdir(saved))
-    monkeypatch.setattr(folders, "save_file", write_some)
-    with pytest.raises(OSError, match="no space left"):
-        save_model(language_model(TIED, seed=1), saved)
-    assert sorted(os.listdir(saved)) == before
-    assert_same_bits(load_language_model(saved), language_model(TIED))
-
-
-def test_a_first_save_that_fails_leaves_no_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(tensors: Any, path: Path, metadata: Any) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(folders, "save_file", fail)
-    with pytest.raises(OSError, match="no space left"):
-        save_model(language_model(TIED), tmp_path / "new")
-    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
-        load_language_model(tmp_path / "new")
-
-
-def test_files_are_as_readable_as_any_other(saved: Path) -> None:
-    (saved / "other").touch()
-    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in saved.iterdir()}
-    assert set(modes.values()) == {modes["other"]}
-
-
-# Finding a folder
-
-
-def test_an_existing_folder_is_taken_as_it_is(saved: Path) -> None:
-    assert resolve_folder(saved) == saved
-    assert resolve_folder(str(saved)) == saved
-
-
-def test_a_file_is_no_model(saved: Path) -> None:
-    with pytest.raises(NotADirectoryError, match=r"config\.json is a file"):
-        resolve_folder(saved / "config.json")
-
-
-@pytest.mark.parametrize("name", ["nowhere", "./a/b", "a/b/c", "/a/b", "~/a", Path("a/b")])
-def test_what_cannot_be_on_the_hub_is_not_looked_up(
-    name: str | Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    import huggingface_hub
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
-    with pytest.raises(FileNotFoundError, match=r"no such folder.*no hub id.*tiny, small, medium"):
-        resolve_folder(name)
-
-
-@pytest.mark.parametrize("name", SMALL_NAMES)
-def test_names_of_small_configurations_are_for_sft(name: str, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="only sft trains from scratch"):
-        resolve_folder(name)
-
-
-def test_a_hub_id_is_downloaded_without_pickles_and_code(
-    monkeypatch: pytest.MonkeyPatch, saved: Path
-) -> None:
-    import huggingface_hub
-    from huggingface_hub.utils import filter_repo_objects
-
-    published = [
-        "config.json",
-        "model-00001-of-00002.safetensors",
-        "model.safetensors.index.json",
-        "fuserl.json",
-        "fuserl_head.safetensors",
-        "tokenizer.json",
-        "tokenizer.model",
-        "chat_template.jinja",
-    ]
-    refused = [
-        "pytorch_model.bin",
-        "modeling_x.py",
-        "consolidated.safetensors",
-        "original/model.safetensors",
-        "onnx/config.json",
-        "README.md",
-    ]
-
-    def download(name: str, **patterns: list[str]) -> str:
-        assert name == "org/name-1.5"
-        assert list(filter_repo_objects(published + refused, **patterns)) == published
-        return str(saved)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert resolve_folder("org/name-1.5") == saved
-
-
-def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match=r"'org/absent'.*no such folder.*hub.*tiny, small"):
-        resolve_folder("org/absent")
-
-
-# Notes
-
-
-def test_notes_round_trip(tmp_path: Path) -> None:
-    assert read_notes(tmp_path) == FolderNotes()
-    notes = FolderNotes(prompt_template="Synopsis: {prompt}\n\nTitle — ")
-    write_notes(notes, tmp_path / "new")
-    assert read_notes(tmp_path / "new") == notes
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"prompt_templat": "{prompt}"}, "unknown key 'prompt_templat' .*known: prompt_template"),
-        ({"prompt_template": 3}, "prompt_template must be a text"),
-        ({"prompt_template": "no place"}, "prompt_template must be a text with {prompt}"),
-        ({"prompt_template": "{prompt}, {prompt}"}, "prompt_template .* exactly once"),
-    ],
-)
-def test_notes_that_are_refused(content: dict[str, Any], message: str, tmp_path: Path) -> None:
-    (tmp_path / "fuserl.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"fuserl\.json: " + message):
-        read_notes(tmp_path)
