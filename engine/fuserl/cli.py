@@ -49,8 +49,8 @@ COMMANDS = {
     ),
     "bench": Command(
         configs.BenchConfig,
-        "fuserl.bench.run:run_bench",
-        "time an op against torch, TRL, Liger and others; every answer is checked first",
+        "fuserl.commands:bench",
+        "time an op, or a training step, against the rivals; every answer is checked first",
         positional="op",
     ),
     "doctor": Command(

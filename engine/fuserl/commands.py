@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 
-from fuserl.config import RewardConfig, RLConfig, SFTConfig
+from fuserl.config import BenchConfig, RewardConfig, RLConfig, SFTConfig
 
 
 def sft(config: SFTConfig) -> None:
@@ -25,6 +25,15 @@ def rl(config: RLConfig) -> None:
     if reward_model is None:
         raise ValueError("reward_model is missing (a Python function needs fuserl.RLTrainer)")
     _tell(config.out, RLTrainer(model, reward=reward_model, **options).train())
+
+
+def bench(config: BenchConfig) -> None:
+    from fuserl.bench import run, training_step
+
+    if config.op == training_step.NAME:
+        training_step.run_training_step(config)
+    else:
+        run.run_bench(config)
 
 
 def _tell(out: str, summary: dict[str, object]) -> None:

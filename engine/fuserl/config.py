@@ -361,12 +361,13 @@ class QuickstartConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchConfig:
-    """Time an op against its rivals: `fuserl bench OP`. Every answer is checked first."""
+    """Time an op against its rivals, or a step of supervised fine-tuning against transformers:
+    `fuserl bench OP`. Every answer is checked first."""
 
     op: str
     """Also without the flag: token_logprobs, linear_token_logprobs, linear_policy_loss, gae,
-    rewards_to_advantages, masked_whiten, kl_penalty, policy_loss, ppo_loss, pairwise_loss or
-    sample_tokens."""
+    rewards_to_advantages, masked_whiten, kl_penalty, policy_loss, ppo_loss, pairwise_loss,
+    sample_tokens or training_step."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a CUDA device if there is one."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -396,6 +397,8 @@ class BenchConfig:
     """Of sample_tokens, 1 for no truncation. Default: 0.95."""
     cuda_graph: bool = False
     """Time replays of a captured CUDA graph: the device's part of a call alone."""
+    model: Literal["all", "tiny", "3M", "25M"] = "all"
+    """Of training_step. all: 3M and 25M; tiny is no benchmark but a test."""
     providers: str = "all"
     """Names with commas between; plain torch always joins, for the ratios."""
     rounds: int = 25

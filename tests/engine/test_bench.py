@@ -21,10 +21,11 @@ from fuserl.bench.case import Case, Cost, linear_cost, rows_cost
 from fuserl.bench.checking import Call, bound_for, measure_error
 from fuserl.bench.memory import peak_extra_bytes, why_not_measured
 from fuserl.bench.ops import OPS, Provider, providers
+from fuserl.bench.output import WrongAnswer
 from fuserl.bench.problem import Problem
 from fuserl.bench.report import CaseReport, Result
 from fuserl.bench.rivals import Unavailable, load, torch_rows
-from fuserl.bench.run import WrongAnswer, cases_of, run_bench, run_case
+from fuserl.bench.run import cases_of, run_bench, run_case
 from fuserl.bench.timing import Ceilings, interleave, measure_ceilings, quartiles
 from fuserl.bench.truth import Error, Tensors, Truth
 from fuserl.config import BenchConfig

@@ -1,7 +1,5 @@
-"""`fuserl bench`: check, measure, tell."""
+"""`fuserl bench` of an op: check, measure, tell."""
 
-import json
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +12,7 @@ from fuserl.bench.case import PASSES, Case
 from fuserl.bench.checking import Call, bound_for, measure_error
 from fuserl.bench.memory import peak_extra_bytes, why_not_measured
 from fuserl.bench.ops import BASELINE, Op, Provider, Sizes, find_op, providers
+from fuserl.bench.output import WrongAnswer, write_json
 from fuserl.bench.problem import Problem
 from fuserl.bench.report import CaseReport, Result
 from fuserl.bench.rivals import Unavailable
@@ -21,10 +20,6 @@ from fuserl.bench.timing import Ceilings, Replay, interleave, measure_ceilings, 
 from fuserl.bench.truth import Error
 from fuserl.config import BenchConfig
 from fuserl.device import default_device
-
-
-class WrongAnswer(ValueError):
-    """An implementation of ours is wrong, so that nothing was timed."""
 
 
 def run_bench(config: BenchConfig) -> list[CaseReport]:
@@ -204,11 +199,3 @@ def _refuse_wrong(case: Case, results: list[Result]) -> None:
     if bad:
         told = "; ".join(f"{r.provider}: {r.status}, {r.reason}" for r in bad)
         raise WrongAnswer(f"{case.title}: nothing was timed, because {told}")
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all, so that a run cut off leaves the last good file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, path)

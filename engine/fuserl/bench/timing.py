@@ -4,6 +4,7 @@ import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -43,8 +44,16 @@ class Stopwatch:
         return start.elapsed_time(end)
 
 
+class Timed(Protocol):
+    """prepare() makes what a run uses up and is never timed."""
+
+    def prepare(self) -> None: ...
+
+    def run(self) -> object: ...
+
+
 def interleave(
-    device: str, calls: Mapping[str, Call], rounds: int, budget_seconds: float
+    device: str, calls: Mapping[str, Timed], rounds: int, budget_seconds: float
 ) -> dict[str, list[float]]:
     """Samples in milliseconds: A B C A B C ..., until `rounds` or the budget are used up.
 
