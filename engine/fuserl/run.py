@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
+from fuserl import tokenizer
 from fuserl.checkpoint import Checkpoint
 from fuserl.config import TrainConfig
 from fuserl.interrupt import Interrupted, InterruptFlag
@@ -33,9 +34,9 @@ _MAY_DIFFER = {
 _LEFT_BEHIND = (
     *("summary.json", "metrics.jsonl"),
     *(CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, HEAD_FILE, GENERATION_FILE, NOTES_FILE),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
 )
-"""Files that a run writes into its folder and, with a critic, into critic/, beside shards."""
+"""Files that a run writes into its folder and, with a critic, into critic/, beside shards
+and the tokenizer's."""
 
 
 class Run:
@@ -200,8 +201,12 @@ def remove_run(out: Path) -> None:
     Checkpoint(out).remove()
     critic = out / "critic"
     for folder in (out, critic):
-        for path in (*(folder / name for name in _LEFT_BEHIND), *shards_in(folder)):
+        named = [folder / name for name in _LEFT_BEHIND]
+        for path in (*named, *shards_in(folder), *tokenizer.files_in(folder)):
             path.unlink(missing_ok=True)
+        templates = folder / "additional_chat_templates"
+        if templates.is_dir() and not any(templates.iterdir()):
+            templates.rmdir()
     if critic.is_dir() and not any(critic.iterdir()):
         critic.rmdir()
 

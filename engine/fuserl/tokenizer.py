@@ -36,6 +36,10 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
 )
+_OTHER_FILES = (
+    *("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    "additional_chat_templates/*.jinja",
+)
 # Class names that say "tokenizer.json is the whole tokenizer".
 GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
@@ -47,13 +51,17 @@ class ChatTemplateError(ValueError):
 class Tokenizer:
     """Encodes prompts, completions and conversations. Immutable: changes return a new one."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """tokenizer: a fast tokenizer, owned by this object from now on."""
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, files: Mapping[str, bytes] | None = None
+    ) -> None:
+        """tokenizer: a fast tokenizer, owned by this object from now on. files: the content of
+        those it came from, by their paths in its folder; they are saved unchanged."""
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
                 f"{type(tokenizer).__name__} is not a fast tokenizer: "
                 "save it with a tokenizer.json (transformers converts most of them)"
             )
+        self._files = dict(files or {})
         self._tokenizer: Any = tokenizer  # its methods' types are unions of every call form
         self._backend = tokenizer.backend_tokenizer
         # A tokenizer.json may ask for both; lengths are decided by the data loaders alone.
@@ -128,11 +136,21 @@ class Tokenizer:
         """The same tokenizer with another (Jinja) chat template; saved with it."""
         changed = copy.deepcopy(self._tokenizer)
         changed.chat_template = chat_template
-        return Tokenizer(changed)
+        files = self._files
+        if files:  # this one goes before a template in tokenizer_config.json
+            files = files | {"chat_template.jinja": chat_template.encode()}
+        return Tokenizer(changed, files)
 
     def save(self, folder: str | Path) -> None:
-        """Write the Hugging Face tokenizer files; AutoTokenizer and `load_tokenizer` read them."""
-        self._tokenizer.save_pretrained(str(folder))
+        """Write the Hugging Face tokenizer files; AutoTokenizer and `load_tokenizer` read them.
+        Files it was loaded from are written as they were."""
+        folder = Path(folder)
+        if "tokenizer.json" not in self._files:
+            self._tokenizer.save_pretrained(str(folder))
+        for name, content in self._files.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
 
     def same_ids(self, other: Tokenizer) -> bool:
         """Whether both give every token the same id."""
@@ -194,7 +212,16 @@ def load_tokenizer(folder: str | Path) -> Tokenizer | None:
         )
     except Exception as error:  # damaged files fail in many ways, one of them a bare Exception
         raise ValueError(f"{folder}: the tokenizer files cannot be loaded: {error}") from error
-    return Tokenizer(tokenizer)
+    paths = files_in(folder)
+    return Tokenizer(
+        tokenizer, {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+    )
+
+
+def files_in(folder: Path) -> list[Path]:
+    """All files of a folder that belong to its tokenizer."""
+    patterns = (*TOKENIZER_FILES, *_OTHER_FILES)
+    return sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
 
 
 def _is_generic(folder: Path) -> bool:

@@ -1,6 +1,7 @@
 """Tokenizer: ids round-trip through text and through transformers, and what is missing is said."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -217,3 +218,48 @@ def test_chat_template_faults(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match=r"does not parse: line 1.*--chat-template") as caught:
         tokenizer.with_chat_template("{% for %}").render_chat(HELLO, False)
     assert not isinstance(caught.value, ChatTemplateError)
+
+
+def test_every_file_of_a_loaded_tokenizer_is_saved_unchanged(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    tokenizer.save(source)
+    (source / "additional_chat_templates").mkdir()
+    for name in ("tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json"):
+        (source / name).write_text("{}")
+    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    (source / "README.md").write_text("not the tokenizer's")
+    loaded = load_tokenizer(source)
+    assert loaded is not None
+    before = {
+        path.relative_to(source): path.read_bytes() for path in source.rglob("*") if path.is_file()
+    }
+    shutil.rmtree(source)  # what is saved does not depend on the source's folder any more
+    loaded.save(tmp_path / "saved")
+    after = {
+        path.relative_to(tmp_path / "saved"): path.read_bytes()
+        for path in (tmp_path / "saved").rglob("*")
+        if path.is_file()
+    }
+    assert after == {name: content for name, content in before.items() if name.name != "README.md"}
+
+
+@pytest.mark.parametrize("in_config", [False, True])
+def test_another_template_over_a_loaded_one_is_saved(
+    in_config: bool, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    tokenizer.save(tmp_path / "source")
+    if in_config:  # where transformers 4 keeps it
+        path = tmp_path / "source" / "tokenizer_config.json"
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(content | {"chat_template": "{{ 'old' }}"}))
+        (tmp_path / "source" / "chat_template.jinja").unlink()
+    loaded = load_tokenizer(tmp_path / "source")
+    assert loaded is not None
+    loaded.with_chat_template("{{ 'new' }}").save(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert again is not None
+    assert again.render_chat(HELLO, False) == "new"
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert theirs.apply_chat_template(HELLO, tokenize=False) == "new"
