@@ -2,11 +2,13 @@
 
 import os
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 import fuserl_kernels  # noqa: F401 - registers the ops
+from fuserl.model.attention import choice
 from fuserl_kernels import backend
 from fuserl_kernels.registration import tables
 
@@ -31,6 +33,9 @@ def run_doctor() -> None:
     for op, table in tables().items():
         used = ", ".join(f"{device}: {_used(op, table, device)}" for device in devices)
         print(f"  {op:26}{used}")
+    print("\nattention while training")
+    for line in _attention(devices):
+        print(f"  {line}")
     advice = _advice()
     print("\nto go faster" if advice else "\nnothing to install would make this machine faster")
     for line in advice:
@@ -59,6 +64,21 @@ def _used(op: str, table: backend.Table, device: str) -> str:
     except RuntimeError as error:
         return f"none ({error})"
     return next(name for name, implementation in table.items() if implementation is chosen)
+
+
+def _attention(devices: Sequence[str]) -> list[str]:
+    """What trains models of each device and dtype, and why; of those with soft-capped scores
+    (Gemma 2) where it is another."""
+    lines = []
+    for device in devices:
+        for dtype in (torch.float32, torch.bfloat16):
+            kind = f"{device} {str(dtype).removeprefix('torch.')}"
+            name, why = choice(torch.device(device), dtype)
+            lines.append(f"{kind:26}{name} ({why})")
+            capped = choice(torch.device(device), dtype, softcap=True)
+            if capped != (name, why):
+                lines.append(f"{'  with soft caps':26}{capped[0]} ({capped[1]})")
+    return lines
 
 
 def _advice() -> list[str]:

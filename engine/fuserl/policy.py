@@ -9,8 +9,7 @@ from torch import Tensor
 
 from fuserl.data.prompt_template import PromptTemplate
 from fuserl.device import default_device
-from fuserl.model.config_json import load_config
-from fuserl.model.folder import check_vocabulary, load_language_model, save_model
+from fuserl.model.folder import check_vocabulary, load_language_model, read_config, save_model
 from fuserl.model.heads import LanguageModel, ScalarModel
 from fuserl.model.hub import resolve_folder
 from fuserl.model.notes import FolderNotes, read_notes, write_notes
@@ -190,6 +189,6 @@ def load_policy(
     if dtype is None and place.type == "cpu":
         dtype = torch.float32
     if tokenizer:
-        check_vocabulary(load_config(path), tokenizer.vocab_size, path)
+        check_vocabulary(read_config(path), tokenizer.vocab_size, path)
     model = load_language_model(path, device=place, dtype=dtype)
     return Policy(model, tokenizer, read_notes(path), str(folder))

@@ -45,6 +45,8 @@ def packed_attention(
 
 def choice(device: torch.device, dtype: torch.dtype, softcap: bool = False) -> tuple[str, str]:
     """Which implementation runs for tensors of this kind, and why: for `fuserl doctor` too."""
+    if device.type != "cuda" and softcap:
+        return "sdpa", "in plain operations: torch's fused kernel has no softcap"
     if device.type != "cuda":
         return "sdpa", "torch's fused kernel, a sequence at a time"
     if dtype not in _HALVES:

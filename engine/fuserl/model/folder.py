@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fuserl.model import fallback_folder
 from fuserl.model.config import DecoderConfig
 from fuserl.model.config_json import (
     CONFIG_FILE,
@@ -25,6 +26,8 @@ from fuserl.model.config_json import (
     generation_to_hf,
     load_config,
 )
+from fuserl.model.entries import UnsupportedModel
+from fuserl.model.fallback import FAMILY
 from fuserl.model.families import FAMILIES
 from fuserl.model.files import write_json
 from fuserl.model.heads import HeadKind, LanguageModel, ScalarModel
@@ -51,6 +54,15 @@ def is_reward_model(folder: str | Path) -> bool:
     return any(name.startswith(_SCORE) for name in _stored(Path(folder)) if name != "score.bias")
 
 
+def read_config(folder: str | Path) -> DecoderConfig:
+    """As config_json.load_config, but a model that is no decoder of ours gets a config too: its
+    family is fallback.FAMILY, and it runs through transformers."""
+    try:
+        return load_config(folder)
+    except UnsupportedModel as reason:
+        return fallback_folder.read_config(Path(folder), reason)
+
+
 def check_vocabulary(config: DecoderConfig, tokenizer_vocab_size: int, folder: str | Path) -> None:
     """Refuse a tokenizer with ids beyond the embedding. A smaller one is fine: vocabularies are
     padded to round sizes."""
@@ -73,10 +85,15 @@ def load_language_model(
     """device: None is the CPU. dtype: None keeps the one the weights are stored in.
 
     A reward model's folder works where the embeddings are tied, as they are the head, and where
-    it kept the head of the model it started from. UnsupportedModel if this decoder cannot run it.
+    it kept the head of the model it started from. A model that is no decoder of ours runs
+    through transformers.
     """
     folder = Path(folder)
-    config = load_config(folder)
+    config = read_config(folder)
+    if config.family == FAMILY:
+        return fallback_folder.load_language_model(
+            folder, config, _stored(folder), device=device, dtype=dtype
+        )
     stored = _named(_stored(folder), config)
     with torch.device("meta"):
         model = LanguageModel(config)
@@ -96,7 +113,17 @@ def load_scalar_model(
     """The model, and whether its head is new: True where the folder has none, and one of the
     kind `head` was drawn with head_seed. device, dtype: as in load_language_model."""
     folder = Path(folder)
-    config = load_config(folder)
+    config = read_config(folder)
+    if config.family == FAMILY:
+        return fallback_folder.load_scalar_model(
+            folder,
+            config,
+            _stored(folder),
+            device=device,
+            dtype=dtype,
+            head=head,
+            head_seed=head_seed,
+        )
     stored = _named(_stored(folder), config)
     head_is_new = "score.weight" not in stored
     is_mlp = "score_hidden.weight" in stored
@@ -256,6 +283,11 @@ def save_model(
         raise ValueError(f"dtype must be a floating-point dtype, not {dtype}")
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be positive, not {max_shard_bytes}")
+    if model.config.family == FAMILY:
+        fallback_folder.save_model(
+            model, Path(folder), dtype=dtype, max_shard_bytes=max_shard_bytes
+        )
+        return
     state = model.state_dict()
     stored_dtype = dtype or state["trunk.embed_tokens.weight"].dtype
     config = _config_of(model, stored_dtype)

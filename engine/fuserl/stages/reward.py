@@ -15,8 +15,7 @@ from fuserl.config import RewardConfig
 from fuserl.data.examples import Ranking, load_rankings
 from fuserl.data.rows import Source, source_name
 from fuserl.device import default_device
-from fuserl.model.config_json import load_config
-from fuserl.model.folder import check_vocabulary, load_scalar_model
+from fuserl.model.folder import check_vocabulary, load_scalar_model, read_config
 from fuserl.model.heads import ScalarModel
 from fuserl.model.hub import resolve_folder
 from fuserl.model.notes import FolderNotes
@@ -110,7 +109,7 @@ class RewardTrainer:
             return model, policy.text_tokenizer, policy.notes
         folder = resolve_folder(config.model)
         tokenizer = open_tokenizer(folder, config)
-        check_vocabulary(load_config(folder), tokenizer.vocab_size, folder)
+        check_vocabulary(read_config(folder), tokenizer.vocab_size, folder)
         model, _ = load_scalar_model(
             folder,
             device=default_device(config.device),

@@ -1,0 +1,509 @@
+"""Folders of models that our decoder lacks: read and written by transformers, checked by us.
+
+No code from a folder is run and no pickle read. What a folder has wrong is found in its headers,
+before weights are allocated, where its tensors have the names of the module's parameters; where
+transformers converts them (experts stored one by one), its own report is checked after loading.
+
+A model is used only after it was run on a few tokens: its logits must be a product of its hidden
+states and its head, and its hidden states must not depend on later tokens.
+"""
+
+import copy
+import dataclasses
+import logging
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from fuserl.model.config import DecoderConfig
+from fuserl.model.config_json import CONFIG_FILE, GENERATION_FILE, generation_to_hf
+from fuserl.model.decoder import Decoder
+from fuserl.model.fallback import FAMILY, TransformersTrunk
+from fuserl.model.fallback_cache import CachedRows
+from fuserl.model.files import read_json, write_json
+from fuserl.model.heads import HeadKind, LanguageModel, ScalarModel
+from fuserl.model.packing import Packing
+from fuserl.model.stored import (
+    FLOAT_DTYPES,
+    HEAD_FILE,
+    StoredTensor,
+    read_headers,
+    write_tensors,
+    write_weights,
+)
+
+logger = logging.getLogger(__name__)
+
+_UNBOUNDED = 1 << 20  # positions of an architecture that names no limit (ALiBi, state spaces)
+_POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+_MAX_PROBLEMS = 6
+_told: set[str] = set()
+
+
+# config.json
+
+
+def read_config(folder: Path, reason: ValueError) -> DecoderConfig:
+    """The sizes of a model that our decoder lacks, for the reason given, which is said once a
+    process and architecture. Its switches are transformers' business: the config's are not set.
+
+    Raises ValueError where transformers has no such decoder either.
+    """
+    source = _source_config(folder, reason)
+    text = source.get_text_config()
+    architecture = _language_model_class(source, reason).__name__
+    if architecture not in _told:
+        _told.add(architecture)
+        logger.warning(
+            "%s runs through transformers' own module, slower than fuserl's decoder: %s",
+            architecture,
+            reason,
+        )
+    num_heads = getattr(text, "num_attention_heads", None) or 1
+    eos = text.eos_token_id
+    return DecoderConfig(
+        family=FAMILY,
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        num_layers=text.num_hidden_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=getattr(text, "head_dim", None) or max(1, text.hidden_size // num_heads),
+        max_positions=_max_positions(text),
+        rope=None,
+        tie_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
+        final_softcap=getattr(text, "final_logit_softcapping", None),
+        bos_token_id=text.bos_token_id,
+        eos_token_id=eos[0] if isinstance(eos, list | tuple) else eos,
+        pad_token_id=text.pad_token_id,
+    )
+
+
+def _source_config(folder: Path, reason: ValueError) -> Any:
+    import transformers
+
+    try:
+        source = transformers.AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # strict dataclasses raise a kind of their own
+        raise ValueError(
+            f"{reason}; transformers {transformers.__version__} cannot read it either: {error}"
+        ) from error
+    if getattr(source, "is_encoder_decoder", False):
+        raise ValueError(f"{reason}; and is_encoder_decoder is true: this engine runs decoders")
+    if source.get_text_config() is not source:
+        raise ValueError(f"{reason}; and it reads more than text, which this engine does not")
+    return source
+
+
+def _language_model_class(source: Any, reason: ValueError) -> Any:
+    import transformers
+
+    try:
+        return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(source)]
+    except KeyError:
+        raise ValueError(
+            f"{reason}; and transformers {transformers.__version__} has no causal language model "
+            f"of model_type {source.model_type!r}"
+        ) from None
+
+
+def _max_positions(text: Any) -> int:
+    for key in _POSITION_KEYS:
+        if size := getattr(text, key, None):
+            return int(size)
+    return _UNBOUNDED
+
+
+def _switch_length(text: Any) -> int | None:
+    """Tokens past which longrope gives a sequence other frequencies."""
+    ropes = getattr(text, "rope_parameters", None) or {}
+    for rope in (ropes, *(value for value in ropes.values() if isinstance(value, dict))):
+        if rope.get("rope_type") == "longrope":
+            return int(rope["original_max_position_embeddings"])
+    return None
+
+
+def _logit_scale(text: Any) -> float:
+    """Cohere multiplies its logits, Granite divides them."""
+    scale = getattr(text, "logit_scale", None) or 1.0
+    return float(scale / (getattr(text, "logits_scaling", None) or 1.0))
+
+
+# Weights in
+
+
+def load_language_model(
+    folder: Path,
+    config: DecoderConfig,
+    stored: Mapping[str, StoredTensor],
+    *,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> LanguageModel:
+    """stored: the headers of the folder. The rest as folder.load_language_model."""
+    from transformers import AutoModelForCausalLM
+
+    whole = _load(AutoModelForCausalLM, folder, stored, device, dtype)
+    head = whole.get_output_embeddings()
+    trunk = _trunk(config, whole.base_model)
+    _check_parameters(whole, head, trunk)
+    weight = head.weight
+    trunk.config = dataclasses.replace(
+        config,
+        vocab_size=weight.shape[0],
+        hidden_size=weight.shape[1],
+        tie_embeddings=weight is trunk.embed_tokens.weight,
+        head_bias=getattr(head, "bias", None) is not None,
+    )
+    with torch.device("meta"):
+        model = LanguageModel(trunk.config, cast(Decoder, trunk))
+    if not trunk.config.tie_embeddings:
+        model.lm_head.weight = weight
+    if trunk.config.head_bias:
+        model.lm_head_bias = head.bias
+    _prove(model, whole)
+    _choose_cache(trunk)
+    return model
+
+
+def load_scalar_model(
+    folder: Path,
+    config: DecoderConfig,
+    stored: Mapping[str, StoredTensor],
+    *,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    head: HeadKind,
+    head_seed: int,
+) -> tuple[ScalarModel, bool]:
+    """As folder.load_scalar_model; stored: the headers, those of our own file included."""
+    from transformers import AutoModel
+
+    module = _load(AutoModel, folder, stored, device, dtype)
+    trunk = _trunk(config, module)
+    trunk.config = dataclasses.replace(config, hidden_size=_probe(trunk).shape[-1])
+    _check_parameters(module, None, trunk)
+    score = {
+        name: _read(stored[name])
+        for name in ("score.weight", "score.bias", "score_hidden.weight", "score_hidden.bias")
+        if name in stored
+    }
+    head_is_new = "score.weight" not in score
+    if head_is_new and score:
+        name, *_ = score
+        raise ValueError(
+            f"{stored[name].file} has {name}, but {folder} has no score.weight: two models are "
+            "mixed in this folder"
+        )
+    if not head_is_new:
+        head = "mlp" if "score_hidden.weight" in score else "linear"
+    model = ScalarModel(trunk.config, head, cast(Decoder, trunk))
+    model.to(device=trunk.device, dtype=trunk.dtype)
+    model.initialize_head(head_seed)
+    for name, tensor in score.items():
+        parameter = model.get_parameter(name)
+        if parameter.shape != tensor.shape:
+            raise ValueError(
+                f"{stored[name].file}: {name} has shape {tuple(tensor.shape)}, but a scalar head "
+                f"on this model has {tuple(parameter.shape)}"
+            )
+        with torch.no_grad():
+            parameter.copy_(tensor)
+    if not config.tie_embeddings:
+        kept = {"lm_head.weight": "lm_head.weight", "lm_head.bias": "lm_head_bias"}
+        model.kept_lm_head = {
+            ours: _read(stored[name]).to(trunk.dtype, copy=True)
+            for name, ours in kept.items()
+            if name in stored
+        }
+    return model, head_is_new
+
+
+def _trunk(config: DecoderConfig, module: nn.Module) -> TransformersTrunk:
+    source: Any = module.config
+    return TransformersTrunk(
+        config, module, scale=_logit_scale(source), switch_length=_switch_length(source)
+    )
+
+
+def _read(stored: StoredTensor) -> Tensor:
+    with safe_open(stored.file, framework="pt") as file:
+        return file.get_tensor(stored.name)
+
+
+def _load(
+    auto: Any,
+    folder: Path,
+    stored: Mapping[str, StoredTensor],
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> Any:
+    """A module of transformers with the folder's weights."""
+    from transformers import AutoConfig
+
+    source = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    with torch.device("meta"):
+        skeleton = auto.from_config(source)
+    kept = {"lm_head.weight", "lm_head.bias"} & stored.keys()
+    _check_headers(skeleton, stored, folder, kept)
+    with _quiet():  # its report is checked here
+        module, report = auto.from_pretrained(
+            folder,
+            dtype=_stored_dtype(stored) if dtype is None else dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    _refuse(folder, [f"{key} is missing" for key in sorted(report["missing_keys"] - kept)])
+    for name in sorted(report["missing_keys"]):  # a reward model's folder, which keeps it apart
+        with torch.no_grad():
+            module.get_parameter(name).copy_(_read(stored[name]))
+    return module.to(device or "cpu")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging as chatter
+
+    before = chatter.get_verbosity()
+    chatter.set_verbosity_error()
+    try:
+        yield
+    finally:
+        chatter.set_verbosity(before)
+
+
+def _stored_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype | None:
+    """That of the largest tensor: norms may be wider."""
+    floats = [tensor for tensor in stored.values() if tensor.dtype in FLOAT_DTYPES]
+    if not floats:
+        return None
+    return FLOAT_DTYPES[max(floats, key=lambda tensor: math.prod(tensor.shape)).dtype]
+
+
+def _check_headers(
+    skeleton: nn.Module, stored: Mapping[str, StoredTensor], folder: Path, kept: set[str]
+) -> None:
+    """Compare a module on the meta device with what is stored, as far as names agree: where some
+    stored tensors are not the module's, transformers may make the missing ones out of those."""
+    problems = []
+    names_of: dict[int, list[str]] = {}
+    for name, parameter in skeleton.named_parameters(remove_duplicate=False):
+        names_of.setdefault(id(parameter), []).append(name)
+        tensor = stored.get(name)
+        if tensor is not None and tensor.shape != tuple(parameter.shape):
+            problems.append(
+                f"{tensor.file}: {name} has shape {tensor.shape}, but config.json makes it "
+                f"{tuple(parameter.shape)}"
+            )
+    known = {name for names in names_of.values() for name in names}
+    if stored.keys() - kept <= known | {"score.weight", "score.bias"}:
+        problems += [
+            f"{names[0]} is missing"
+            for names in names_of.values()
+            if not stored.keys() & set(names)
+        ]
+    _refuse(folder, problems)
+
+
+def _refuse(folder: Path, problems: list[str]) -> None:
+    if not problems:
+        return
+    more = len(problems) - _MAX_PROBLEMS
+    tail = [f"and {more} more"] if more > 0 else []
+    raise ValueError(
+        "\n".join([f"{folder} does not fit its config:", *problems[:_MAX_PROBLEMS], *tail])
+    )
+
+
+# Weights out
+
+
+def save_model(
+    model: LanguageModel | ScalarModel,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+) -> None:
+    """As folder.save_model. A scalar model is written as transformers' ForSequenceClassification
+    where there is such a class with a linear head; else as the base model, its head in our own
+    file alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / ".transformers.tmp"
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        if isinstance(model, ScalarModel):
+            whole, own = _under_scalar_head(model)
+        else:
+            whole, own = _under_language_head(model), {}
+        whole.save_pretrained(scratch, state_dict=_state(whole, dtype))
+        stored = read_headers(scratch)
+        sizes = {name: _read(tensor).nbytes for name, tensor in stored.items()}
+        write_weights(folder, sizes, lambda name: _read(stored[name]), max_shard_bytes)
+        if own:
+            tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in own.items()}
+            write_tensors(folder / HEAD_FILE, tensors)
+        else:
+            (folder / HEAD_FILE).unlink(missing_ok=True)
+        generation = generation_to_hf(model.config)
+        if generation and not own:
+            write_json(folder / GENERATION_FILE, generation)
+        else:
+            (folder / GENERATION_FILE).unlink(missing_ok=True)
+        content = read_json(scratch / CONFIG_FILE)
+        if dtype is not None:
+            content["dtype"] = str(dtype).removeprefix("torch.")
+        write_json(folder / CONFIG_FILE, content)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _state(whole: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Tensors of another dtype are shared as they were: transformers leaves out what is tied."""
+    made: dict[int, Tensor] = {}
+    state = {}
+    for name, tensor in whole.state_dict(keep_vars=True).items():
+        if id(tensor) not in made:
+            is_float = tensor.is_floating_point()
+            made[id(tensor)] = tensor.detach().to(dtype) if is_float else tensor.detach()
+        state[name] = made[id(tensor)]
+    return state
+
+
+def _under_language_head(model: LanguageModel) -> Any:
+    """transformers' model around the same parameters."""
+    from transformers import AutoModelForCausalLM
+
+    trunk: Any = model.trunk
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(copy.deepcopy(trunk.module.config))
+    setattr(whole, whole.base_model_prefix, trunk.module)
+    head = whole.get_output_embeddings()
+    head.weight = model.output_weight
+    if model.output_bias is not None:
+        head.bias = model.output_bias
+    return whole
+
+
+def _under_scalar_head(model: ScalarModel) -> tuple[Any, dict[str, Tensor]]:
+    """transformers' model around the same parameters, and what it has no place for."""
+    import transformers
+
+    trunk: Any = model.trunk
+    config = copy.deepcopy(trunk.module.config)
+    head = {name: t for name, t in model.state_dict().items() if not name.startswith("trunk.")}
+    names = {"lm_head.weight": "lm_head.weight", "lm_head_bias": "lm_head.bias"}
+    own = head | {names[name]: tensor for name, tensor in model.kept_lm_head.items()}
+    classes: Any = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    # A scaled trunk would give transformers' class another score.
+    if type(config) not in classes or trunk.scale != 1.0 or model.score_hidden is not None:
+        return trunk.module, own
+    config.num_labels = 1
+    with torch.device("meta"):
+        whole = classes[type(config)](config)
+    others = [name for name, _ in whole.named_parameters()]
+    prefix = whole.base_model_prefix
+    if [name for name in others if not name.startswith(f"{prefix}.")] != ["score.weight"]:
+        return trunk.module, own
+    setattr(whole, prefix, trunk.module)
+    whole.score.weight = model.score.weight
+    del own["score.weight"]
+    return whole, own
+
+
+# Proofs
+
+
+def _check_parameters(whole: nn.Module, head: nn.Module | None, trunk: TransformersTrunk) -> None:
+    """Refuse what checkpoints and heads could not hold."""
+    name = type(whole).__name__
+    of_trunk = [parameter for _, parameter in trunk.named_parameters(remove_duplicate=False)]
+    if len({id(parameter) for parameter in of_trunk}) != len(of_trunk):
+        raise ValueError(f"{name} shares weights between its layers, which is not supported")
+    known = {id(parameter) for parameter in of_trunk}
+    known |= {id(parameter) for parameter in (head.parameters() if head is not None else ())}
+    if other := [key for key, parameter in whole.named_parameters() if id(parameter) not in known]:
+        raise ValueError(f"{name} has {other[0]}, which is neither in its trunk nor in its head")
+
+
+def _tokens(trunk: TransformersTrunk) -> Tensor:
+    """A few token ids, [2, S]."""
+    length = min(8, trunk.max_positions)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(trunk.config.vocab_size, (2, length), generator=generator)
+    return ids.to(trunk.device)
+
+
+@torch.no_grad()
+def _probe(trunk: TransformersTrunk) -> Tensor:
+    """Hidden states of _tokens, [2, S, D]; ValueError where they depend on later tokens."""
+    ids = _tokens(trunk)
+    packing = Packing.of([ids.shape[1]] * 2, ids.device)
+    hidden = trunk(ids.flatten(), packing).view(*ids.shape, -1)
+    other = ids.clone()
+    other[:, -1] = (other[:, -1] + 1) % trunk.config.vocab_size
+    again = trunk(other.flatten(), packing).view(*ids.shape, -1)
+    if not _equal(again[:, :-1], hidden[:, :-1]):
+        raise ValueError(
+            f"{type(trunk.module).__name__} is no causal decoder: what it makes of a token depends "
+            "on the tokens behind it"
+        )
+    return hidden
+
+
+@torch.no_grad()
+def _prove(model: LanguageModel, whole: Any) -> None:
+    trunk: Any = model.trunk
+    logits = whole(input_ids=_tokens(trunk), use_cache=False).logits
+    ours = model.logits(_probe(trunk))
+    if ours.shape != logits.shape or not _equal(ours, logits):
+        raise ValueError(
+            f"the logits of {type(whole).__name__} are no product of its hidden states and its "
+            "output embeddings (with bias, scale or soft cap), so its head cannot be used"
+        )
+
+
+@torch.no_grad()
+def _choose_cache(trunk: TransformersTrunk) -> None:
+    """Whether cached decoding gives what one pass gives, tried on ragged rows."""
+    ids = _tokens(trunk)
+    length = ids.shape[1]
+    lengths = [length, length - 2]
+    packing = Packing.of(lengths, ids.device)
+    expected = trunk(ids[packing.rows, packing.positions], packing)[packing.last]
+    prompts = Packing.of([n - 1 for n in lengths], ids.device)
+    cache = CachedRows(prompts, torch.arange(2, device=ids.device), 1)
+    last = torch.tensor(lengths, device=ids.device) - 1
+    reason = "its state is no plain cache of keys and values"
+    try:
+        cache.prefill(trunk, ids[prompts.rows, prompts.positions])
+        given = cache.decode(trunk, ids[torch.arange(2, device=ids.device), last])
+        trunk.has_cache = cache.is_plain and _equal(given, expected)
+    except Exception as error:  # whatever a module says that takes no such cache
+        trunk.has_cache = False
+        reason = f"{type(error).__name__}: {error}"
+    if not trunk.has_cache:
+        logger.warning(
+            "%s decodes without a cache, every token in the time of its whole row: %s",
+            type(trunk.module).__name__,
+            reason,
+        )
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """By mean error: in half precision an expert chosen otherwise may move one token far."""
+    tolerance = 1e-3 if b.dtype.itemsize >= 4 else 3e-2
+    a, b = a.double(), b.double()
+    return bool((a - b).abs().mean() <= tolerance * b.abs().mean())
