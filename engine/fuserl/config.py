@@ -4,6 +4,7 @@ Nothing here imports torch: `fuserl --help` reads this file alone.
 """
 
 from dataclasses import dataclass, fields
+from types import NoneType
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from fuserl.algorithms import ALGORITHMS
@@ -18,10 +19,14 @@ def _require_positive(config: object, *names: str) -> None:
 
 def _refuse_unknown_choices(config: object) -> None:
     for name, kind in get_type_hints(type(config)).items():
-        if get_origin(kind) is Literal and getattr(config, name) not in get_args(kind):
-            raise ValueError(
-                f"{name} must be one of {get_args(kind)}, got {getattr(config, name)!r}"
-            )
+        value = getattr(config, name)
+        for part in (kind, *get_args(kind)):  # a Literal, or a Literal | None
+            if get_origin(part) is Literal and value not in (*get_args(part), *_none_of(kind)):
+                raise ValueError(f"{name} must be one of {get_args(part)}, got {value!r}")
+
+
+def _none_of(kind: object) -> list[None]:
+    return [None] if NoneType in get_args(kind) else []
 
 
 def _refuse_resume_and_overwrite(resume: bool, overwrite: bool) -> None:
@@ -156,6 +161,9 @@ class RewardConfig(SupervisedConfig):
     """A reward model from {"prompt", "chosen", "rejected"} pairs or {"prompt", "ranked"} rankings
     (best first), by -log sigmoid of the difference of scores."""
 
+    head: Literal["linear", "mlp"] | None = None
+    """Of the scores: one product, or an MLP of one hidden layer. Default: as in the model it
+    starts from (linear where that has none); another than that is drawn anew."""
     center_coef: float = 0.0
     """Weight of (chosen + rejected)^2, which keeps scores around zero while training."""
 
@@ -213,10 +221,19 @@ class RLConfig(TrainConfig):
     missing_eos_penalty: float | None = None
     """A completion without EOS scores minus this (n+), or this much less (trl). Default: the
     preset's, 1 (n+) or 0 (trl). The other presets have no such rule."""
+    reference: Literal["copy", "hydra"] = "copy"
+    """The starting policy, which the KL penalty is against: a frozen copy of what trains, run
+    whole; or only its top, run on what the frozen layers gave in the rollout (frozen_layers)."""
+    critic: Literal["separate", "shared", "hydra"] = "separate"
+    """The critic (ppo): a model of its own; a head on the policy's own layers, which learn from
+    its loss too; or a top of its own on the policy's frozen layers (frozen_layers)."""
+    critic_head: Literal["linear", "mlp"] | None = None
+    """One product, or an MLP of one hidden layer. Default: as in the model the critic starts from
+    (linear where that has none); another than that is drawn anew."""
     critic_model: str | None = None
-    """Folder the critic starts from (ppo). Default: the reward model, else the policy."""
+    """Folder a separate critic starts from (ppo). Default: the reward model, else the policy."""
     critic_learning_rate: float | None = None
-    """Default: learning_rate."""
+    """Default: learning_rate. Of a shared critic it is the head's."""
     learning_rate: float = 3e-5
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -245,10 +262,20 @@ class RLConfig(TrainConfig):
         if self.algorithm != "ppo":
             self._refuse(
                 f"with {self.algorithm}: it has no critic",
-                *("critic_model", "critic_learning_rate", "vf_coef", "value_clip_range"),
-                "gae_lambda",
+                *("critic", "critic_head", "critic_model", "critic_learning_rate"),
+                *("vf_coef", "value_clip_range", "gae_lambda"),
             )
             self._refuse(f"with {self.algorithm}: it does not clip", "clip_range")
+        if self.critic != "separate":
+            self._refuse(
+                f"with critic {self.critic}: it starts from the policy's layers", "critic_model"
+            )
+        if self.frozen_layers == 0:
+            for name in ("reference", "critic"):
+                if getattr(self, name) == "hydra":
+                    raise ValueError(
+                        f"{name} hydra needs frozen_layers: what stays frozen is what is shared"
+                    )
         if self.reward_at == "token":
             self._refuse('with reward_at "token": it is of whole sequences', "missing_eos_penalty")
         if self.missing_eos_penalty is not None:

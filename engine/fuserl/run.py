@@ -22,7 +22,7 @@ from fuserl.metrics import Metrics, MetricsLog
 from fuserl.model.config import SMALL_NAMES
 from fuserl.model.config_json import CONFIG_FILE, GENERATION_FILE
 from fuserl.model.notes import NOTES_FILE
-from fuserl.model.stored import HEAD_FILE, INDEX_FILE, WEIGHTS_FILE, shards_in
+from fuserl.model.stored import CRITIC_FILE, HEAD_FILE, INDEX_FILE, WEIGHTS_FILE, shards_in
 from fuserl.optimizer import Optimizer
 
 _MAY_DIFFER = {
@@ -33,7 +33,7 @@ _MAY_DIFFER = {
 
 _LEFT_BEHIND = (
     *("summary.json", "metrics.jsonl"),
-    *(CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, HEAD_FILE, GENERATION_FILE, NOTES_FILE),
+    *(CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, HEAD_FILE, CRITIC_FILE, GENERATION_FILE, NOTES_FILE),
 )
 """Files that a run writes into its folder and, with a critic, into critic/, beside shards
 and the tokenizer's."""

@@ -14,7 +14,7 @@ from fuserl.batch import RolloutBatch, ShapedBatch
 from fuserl.config import RLConfig
 from fuserl.data.examples import Prompt
 from fuserl.model.config import DecoderConfig, Rope
-from fuserl.model.flops import layers_flops, step_flops
+from fuserl.model.flops import Pass, layers_flops, step_flops
 from fuserl.model.freezing import freeze_lowest
 from fuserl.model.heads import Critic, LanguageModel, ScalarModel, SharedCritic
 from fuserl.model.hydra import critic_on, frozen_copy, share_trunk
@@ -375,12 +375,19 @@ def test_what_a_hydra_saves() -> None:
     """Half the layers frozen: in scoring half of all; in the update one of four shares (the
     lower forward pass, beside the upper one and a backward pass of twice that)."""
     config = dataclasses.replace(LLAMA, vocab_size=1)  # the head's share is next to nothing
-    lengths, of_step = [64] * 8, {"depth": 2, "head_trains": True, "completion_lengths": [1] * 8}
-    both = [True, True]
-    scoring = step_flops(config, lengths, scored=both, updated=[], passes=0, **of_step)  # type: ignore[arg-type]
-    assert scoring.saved_share == pytest.approx(0.5, abs=0.02)
-    step = step_flops(config, lengths, scored=both, updated=both, passes=100, **of_step)  # type: ignore[arg-type]
-    assert step.saved_share == pytest.approx(0.25, abs=0.01)
-    none = [False, False]
-    step = step_flops(config, lengths, scored=none, updated=none, passes=1, **of_step)  # type: ignore[arg-type]
-    assert step.saved_share < 0, "the last tokens' way is paid for nothing"
+
+    def saved_share(from_kept: bool, num_epochs: int) -> float:
+        passes = [Pass(config, 2, from_kept)] * 2
+        flops = step_flops(
+            [64] * 8,
+            [1] * 8,
+            scored=passes,
+            updated=passes,
+            num_epochs=num_epochs,
+            head_trains=True,
+        )
+        return flops.saved_share
+
+    assert saved_share(True, 0) == pytest.approx(0.5, abs=0.02)
+    assert saved_share(True, 1000) == pytest.approx(0.25, abs=0.001)
+    assert -0.02 < saved_share(False, 1) < 0, "last tokens go through the trunk for nothing"

@@ -30,11 +30,20 @@ def _visible_pairs(length: int, window: int | None) -> int:
     return window * (window + 1) // 2 + (length - window) * window
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepFlops:
-    """Scoring (reference and critic, not the reward model) and update of one step of RL."""
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A decoder that runs over the whole batch."""
 
-    naive: int  # policy, reference and critic as whole models, their lower layers frozen
+    config: DecoderConfig
+    depth: int  # of its lowest layers that are frozen
+    from_kept: bool = False  # starts above them, from the stream that the rollout kept
+
+
+@dataclass(frozen=True, slots=True)
+class StepFlops:
+    """Of scoring (reference and critic, not the reward model) and update in one step of RL."""
+
+    naive: int  # every decoder runs whole, its lowest layers frozen
     hydra: int
 
     @property
@@ -43,30 +52,38 @@ class StepFlops:
 
 
 def step_flops(
-    config: DecoderConfig,
     lengths: Sequence[int],
     completion_lengths: Sequence[int],
     *,
-    depth: int,
-    scored: Sequence[bool],
-    updated: Sequence[bool],
-    passes: int,
+    scored: Sequence[Pass],
+    updated: Sequence[Pass],
+    num_epochs: int,
     head_trains: bool,
 ) -> StepFlops:
     """lengths, completion_lengths: B tokens each, of whole sequences and of their completions.
-    depth: layers that are frozen. scored, updated: one entry for each decoder that runs over the
-    batch in scoring and in each of `passes` passes of the update: whether it starts from the kept
-    stream. head_trains: the vocabulary head, which reference and policy have.
+    scored: what runs in scoring, the reference first. updated: what runs in each of num_epochs
+    passes of the update, the policy first. head_trains: the policy's vocabulary head.
 
-    With L(i, j) the layers and H the head, naive = scored L(0, n) + H + passes (updated (L(0, n) +
-    2 L(depth, n)) + H (2 + head_trains)). A hydra saves L(0, depth) wherever a decoder starts from
-    the kept stream, and pays for the way of each last token, which no rollout reads, through it.
+    With L(i, j) a decoder's layers and H the vocabulary head's products:
+    naive = sum over scored of L(0, n) + H
+          + num_epochs (sum over updated of (L(0, n) + 2 L(depth, n)) + H (2 + head_trains))
+    A hydra saves L(0, depth) wherever a decoder starts from the kept stream, and pays for the way
+    of each sequence's last token, which sampling does not read, through the frozen layers.
     """
-    whole = layers_flops(config, 0, config.num_layers, lengths)
-    lower = layers_flops(config, 0, depth, lengths)
+
+    def layers(one: Pass, start: int, stop: int) -> int:
+        return layers_flops(one.config, start, stop, lengths)
+
+    def saved(passes: Sequence[Pass]) -> int:
+        return sum(layers(one, 0, one.depth) for one in passes if one.from_kept)
+
+    config, depth = scored[0].config, scored[0].depth
     head = 2 * config.hidden_size * config.vocab_size * sum(completion_lengths)
-    naive = len(scored) * whole + head
-    naive += passes * (len(updated) * (whole + 2 * (whole - lower)) + head * (2 + head_trains))
-    last = lower - layers_flops(config, 0, depth, [length - 1 for length in lengths])
-    saved = (sum(scored) + passes * sum(updated)) * lower - last
-    return StepFlops(naive=naive, hydra=naive - saved)
+    naive = head + sum(layers(one, 0, one.config.num_layers) for one in scored)
+    for one in updated:
+        top = layers(one, one.depth, one.config.num_layers)
+        naive += num_epochs * (layers(one, 0, one.depth) + 3 * top)
+    naive += num_epochs * head * (2 + head_trains)
+    without_last = layers_flops(config, 0, depth, [length - 1 for length in lengths])
+    paid = layers(scored[0], 0, depth) - without_last
+    return StepFlops(naive, naive - saved(scored) - num_epochs * saved(updated) + paid)

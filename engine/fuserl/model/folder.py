@@ -32,6 +32,7 @@ from fuserl.model.families import FAMILIES
 from fuserl.model.files import write_json
 from fuserl.model.heads import HeadKind, LanguageModel, ScalarModel
 from fuserl.model.stored import (
+    CRITIC_FILE,
     FLOAT_DTYPES,
     HEAD_FILE,
     StoredTensor,
@@ -316,13 +317,14 @@ def save_model(
             folder / HEAD_FILE,
             {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in own.items()},
         )
-        stale = folder / GENERATION_FILE  # what another model may have left
+        stale = [folder / GENERATION_FILE]  # what another model may have left
     else:
         write_json(folder / GENERATION_FILE, generation_to_hf(model.config))
-        stale = folder / HEAD_FILE
+        stale = [folder / HEAD_FILE]
     write_weights(folder, sizes, read, max_shard_bytes)
     write_json(folder / CONFIG_FILE, config)
-    stale.unlink(missing_ok=True)
+    for path in (*stale, folder / CRITIC_FILE):
+        path.unlink(missing_ok=True)
 
 
 def _config_of(model: LanguageModel | ScalarModel, dtype: torch.dtype) -> dict[str, Any]:

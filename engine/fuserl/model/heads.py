@@ -156,6 +156,17 @@ class ScalarModel(ScalarHead):
         }
         return scalar
 
+    def with_head(self, kind: HeadKind | None, seed: int) -> "ScalarModel":
+        """This model, its decoder under a new head drawn from the seed unless its own is of the
+        kind asked for (None: any)."""
+        if kind in (None, self.head_kind):
+            return self
+        model = ScalarModel(self.config, kind, self.trunk)
+        model.to(device=self.device, dtype=self.trunk.dtype)
+        model.initialize_head(seed)
+        model.kept_lm_head = self.kept_lm_head
+        return model
+
     @property
     def config(self) -> DecoderConfig:
         return self.trunk.config

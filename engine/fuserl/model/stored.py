@@ -23,6 +23,9 @@ HEAD_FILE = "fuserl_head.safetensors"
 of an MLP head), and the language-model head its starting model had, where that is not the
 embeddings."""
 
+CRITIC_FILE = "fuserl_critic.safetensors"
+"""Ours: the head of a critic on the decoder of the policy beside it."""
+
 FLOAT_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

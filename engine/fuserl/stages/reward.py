@@ -105,7 +105,7 @@ class RewardTrainer:
         config = self.config
         if self._given is not None:
             policy = open_policy(config, self._given, dtype=training_dtype(config))
-            model = ScalarModel.on_trunk(policy.model, config.seed)
+            model = ScalarModel.on_trunk(policy.model, config.seed, config.head or "linear")
             return model, policy.text_tokenizer, policy.notes
         folder = resolve_folder(config.model)
         tokenizer = open_tokenizer(folder, config)
@@ -114,8 +114,10 @@ class RewardTrainer:
             folder,
             device=default_device(config.device),
             dtype=training_dtype(config),
+            head=config.head or "linear",
             head_seed=config.seed,
         )
+        model = model.with_head(config.head, config.seed)
         return model, tokenizer, open_notes(folder, config)
 
     def _load(

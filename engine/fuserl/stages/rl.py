@@ -1,6 +1,5 @@
 """Reinforcement learning: rollout, score, shape, update, over one frozen batch record."""
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,16 @@ from fuserl.checkpoint import digest, digest_ids
 from fuserl.config import RLConfig
 from fuserl.data.examples import Prompt, load_prompts
 from fuserl.data.rows import Source, source_name
-from fuserl.model.heads import LanguageModel, ScalarModel
 from fuserl.optimizer import Optimizer
-from fuserl.policy import Policy, save_folder
-from fuserl.rewards import FunctionReward, ModelReward, Reward, RewardFunction, observe
+from fuserl.policy import Policy
+from fuserl.rewards import FunctionReward, ModelReward, RewardFunction, observe
 from fuserl.rollout.collect import choose_prompts, rollout
 from fuserl.run import Run, prepare_folder
 from fuserl.scoring import score
 from fuserl.shaping import shape
 from fuserl.stages.opening import loading, open_policy, room_for_prompts, tell
-from fuserl.stages.rl_metrics import Clock, describe, summarize
-from fuserl.stages.rl_models import load_reward_and_critic
+from fuserl.stages.rl_metrics import Clock, describe, hydra_savings, summarize
+from fuserl.stages.rl_models import RLModels, open_models, save_critic
 from fuserl.stages.trainable import make_trainable, training_dtype
 from fuserl.update import update
 
@@ -63,12 +61,10 @@ class RLTrainer:
         policy = open_policy(config, self._given, dtype=training_dtype(config))
         make_trainable(policy.model, config)
         prompts = self._prompts(policy)
-        reference = copy.deepcopy(policy.model).requires_grad_(False)
-        reward, critic = load_reward_and_critic(config, self._reward, policy)
+        models = open_models(config, self._reward, policy)
         modules: dict[str, nn.Module] = {"policy": policy.model}
-        if critic is not None:
-            make_trainable(critic, config)
-            modules["critic"] = critic
+        if models.critic is not None:
+            modules["critic"] = models.critic
         optimizer = Optimizer(
             modules,
             config,
@@ -79,10 +75,10 @@ class RLTrainer:
             "data": digest_ids((prompt.ids,) for prompt in prompts),
             "starting policy": digest(policy.model),
         }
-        if isinstance(reward, ModelReward):
-            facts["reward model"] = digest(reward.model)
-        if critic is not None:
-            facts["starting critic"] = digest(critic)
+        if isinstance(models.reward, ModelReward):
+            facts["reward model"] = digest(models.reward.model)
+        if models.critic is not None:
+            facts["starting critic"] = digest(models.critic)
         with Run(
             "rl",
             config,
@@ -91,10 +87,10 @@ class RLTrainer:
             optimizer=optimizer,
             facts=facts,
         ) as run:
-            self._learn(run, policy, prompts, reference, reward, critic, optimizer)
+            self._learn(run, policy, prompts, models, optimizer)
             policy.save(run.out)
-            if critic is not None:
-                save_folder(run.out / "critic", critic, policy.tokenizer, policy.notes)
+            if models.critic is not None:
+                save_critic(models.critic, policy, run.out)
             return run.finish({"steps": config.steps, **summarize(run.out / "metrics.jsonl")})
 
     def _learn(
@@ -102,9 +98,7 @@ class RLTrainer:
         run: Run,
         policy: Policy,
         prompts: list[Prompt],
-        reference: LanguageModel,
-        reward: Reward,
-        critic: ScalarModel | None,
+        models: RLModels,
         optimizer: Optimizer,
     ) -> None:
         """The loop."""
@@ -129,9 +123,9 @@ class RLTrainer:
                 scored = score(
                     sampled,
                     chosen,
-                    reward=reward,
-                    reference=reference,
-                    critic=critic,
+                    reward=models.reward,
+                    reference=models.reference,
+                    critic=models.critic,
                     temperature=config.temperature,
                     microbatch_size=config.microbatch_size,
                 )
@@ -141,11 +135,12 @@ class RLTrainer:
             run.check()
             with clock.lap("update"):
                 learned = update(
-                    policy.model, critic, optimizer, shaped, config, seed=config.seed + step
+                    policy.model, models.critic, optimizer, shaped, config, seed=config.seed + step
                 )
+            saved = hydra_savings(policy.model, models.reference, models.critic, shaped, config)
             run.log(
                 step,
-                {**describe(shaped), **learned, **watched, **clock.metrics(shaped)},
+                {**describe(shaped), **learned, **watched, **saved, **clock.metrics(shaped)},
                 show=("objective/scores", "objective/kl"),
             )
 

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from fuserl.batch import RolloutBatch, ShapedBatch
+from fuserl.config import RLConfig
 from fuserl.metrics import read_metrics
+from fuserl.model.decoder import Decoder
+from fuserl.model.flops import Pass, step_flops
+from fuserl.model.freezing import num_frozen
+from fuserl.model.heads import Critic, LanguageModel
 
 
 def describe(batch: ShapedBatch) -> dict[str, Tensor]:
@@ -33,6 +38,42 @@ def describe(batch: ShapedBatch) -> dict[str, Tensor]:
         "objective/completion_length": batch.completion_lengths.float().mean(),
         "objective/excluded": (~included).sum(),
         "val/num_eos_tokens": batch.has_eos.sum(),
+    }
+
+
+def hydra_savings(
+    policy: LanguageModel,
+    reference: LanguageModel,
+    critic: Critic | None,
+    batch: ShapedBatch,
+    config: RLConfig,
+) -> dict[str, float]:
+    """What starting from the kept stream spared this step; nothing for models that are none of a
+    hydra. See model/flops.py for what is counted."""
+    if batch.trunk_states is None:
+        return {}
+
+    def a_pass(trunk: Decoder) -> Pass:
+        return Pass(trunk.config, num_frozen(trunk), trunk.shared_layers > 0)
+
+    lengths = (batch.prompt_lengths + batch.completion_lengths).tolist()
+    critics = [] if critic is None else [critic]
+    flops = step_flops(
+        lengths,
+        batch.completion_lengths.tolist(),
+        scored=[a_pass(model.trunk) for model in (reference, *critics)],
+        updated=[
+            a_pass(policy.trunk),
+            *(a_pass(model.trunk) for model in critics if model.trunk is not policy.trunk),
+        ],
+        num_epochs=config.passes,
+        head_trains=policy.output_weight.requires_grad,
+    )
+    return {
+        "hydra/flops_saved_share": flops.saved_share,
+        "hydra/flops": flops.hydra,
+        "hydra/naive_flops": flops.naive,
+        "hydra/trunk_state_bytes": batch.trunk_states.nbytes,
     }
 
 
@@ -70,10 +111,15 @@ def summarize(metrics_file: Path) -> dict[str, float]:
     def mean(name: str, part: Sequence[Mapping[str, Any]]) -> float:
         return sum(line[name] for line in part) / len(part)
 
+    hydra = {}
+    if "hydra/flops" in lines[0]:
+        spent = mean("hydra/flops", lines) / mean("hydra/naive_flops", lines)
+        hydra["hydra/flops_saved_share"] = 1 - spent
     return {
         "scores_first": mean("objective/scores", lines[:tenth]),
         "scores_last": mean("objective/scores", lines[-tenth:]),
         "kl": mean("objective/kl", lines[-tenth:]),
         "excluded": sum(line["objective/excluded"] for line in lines),
         "rollout_tokens_per_second": mean("throughput/rollout_tokens_per_second", lines),
+        **hydra,
     }
