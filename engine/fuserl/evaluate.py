@@ -265,8 +265,7 @@ def _judge(
     examples: Sequence[PromptCompletion],
     candidates: Sequence[Sequence[Sequence[int]]],
 ) -> list[list[float]]:
-    """The reward model's scores of the candidates, [candidates][rows]. The candidates of a row
-    share a batch, so that equal completions have equal scores."""
+    """The reward model's scores of the candidates, [candidates][rows]."""
     assert config.reward_model is not None
     folder = resolve_folder(config.reward_model)
     model = load_reward_model(folder, policy, torch.float32)
@@ -284,10 +283,13 @@ def _judge(
 
 @torch.no_grad()
 def _scores(model: ScalarModel, sequences: Sequence[Sequence[int]], batch_size: int) -> list[float]:
-    """The head at the last token of each sequence."""
+    """The head at the last token of each sequence. Equal sequences are computed once: they have
+    equal scores to the bit."""
+    distinct = list(dict.fromkeys(tuple(sequence) for sequence in sequences))
     scores: list[float] = []
-    for first in range(0, len(sequences), batch_size):
-        part = sequences[first : first + batch_size]
+    for first in range(0, len(distinct), batch_size):
+        part = distinct[first : first + batch_size]
         packed = Sequences.of(part, [()] * len(part), model.device)
         scores += last_values(model, packed).tolist()
-    return scores
+    score_of = dict(zip(distinct, scores, strict=True))
+    return [score_of[tuple(sequence)] for sequence in sequences]

@@ -195,8 +195,14 @@ def after(policy: LanguageModel, critic: ScalarModel, batch: ShapedBatch, option
 
     class Look(Optimizer):
         def step(self) -> dict[str, torch.Tensor]:
-            named = self._named_parameters()
-            steps.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+            steps.append(
+                {
+                    f"{module_name}.{name}": p.grad.clone()
+                    for module_name, module in modules.items()
+                    for name, p in module.named_parameters()
+                    if p.grad is not None
+                }
+            )
             return super().step()
 
     modules: dict[str, torch.nn.Module] = {"policy": copy.deepcopy(policy)}

@@ -50,7 +50,11 @@ def compactions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"num_kv_heads": 4, "tie_embeddings": False, "attention_bias": True}, {"num_kv_heads": 1}],
+    [
+        {},
+        {"num_kv_heads": 4, "tie_embeddings": False, "qkv_bias": True, "output_bias": True},
+        {"num_kv_heads": 1},
+    ],
     ids=["grouped", "multi_head_untied", "one_kv_head"],
 )
 def test_greedy_equals_transformers_generate(

@@ -51,7 +51,7 @@ def test_greedy_equals_transformers(pair: tuple[Any, Policy]) -> None:
 
     free = ours(ignore_eos=True)
     assert free == [generated(theirs, prompt, None) for prompt in prompts]
-    assert len({tuple(row) for row in free}) == len(prompts)
+    assert len({tuple(row) for row in free}) > 2
     # The id that is in most rows, though not in all, ends those early.
     shared = {token: sum(token in row[:-1] for row in free) for row in free for token in row}
     eos = max((t for t in shared if shared[t] < len(free)), key=lambda t: shared[t])

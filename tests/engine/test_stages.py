@@ -27,6 +27,7 @@ from fuserl.interrupt import EXIT_CODE, Interrupted, InterruptFlag
 from fuserl.metrics import read_metrics
 from fuserl.model.folder import load_scalar_model
 from fuserl.model.heads import LanguageModel, ScalarModel
+from fuserl.model.packing import Packing
 from fuserl.policy import Policy, load_policy
 from fuserl.quickstart import pipeline
 from fuserl.rewards import RewardError
@@ -258,9 +259,9 @@ def test_a_ranking_of_three_is_three_pairs_from_one_forward(
     shapes: list[int] = []
     forward = ScalarModel.forward
 
-    def counted(self: ScalarModel, token_ids: Tensor, cache: Any = None) -> Tensor:
-        shapes.append(len(token_ids))
-        return forward(self, token_ids, cache)
+    def counted(self: ScalarModel, token_ids: Tensor, packing: Packing) -> Tensor:
+        shapes.append(len(packing.lengths))
+        return forward(self, token_ids, packing)
 
     monkeypatch.setattr(ScalarModel, "forward", counted)
 
@@ -412,13 +413,11 @@ def test_transformers_opens_what_the_stages_leave(finished: dict[str, Path]) -> 
             out = theirs(token_ids).logits
             if auto is AutoModelForCausalLM:
                 model: Any = load_policy(finished[name]).model
-                torch.testing.assert_close(
-                    out, model(token_ids) @ model.output_weight.T, rtol=1e-5, atol=1e-5
-                )
+                expected = model.logits(run_one(model, ids))
             else:
                 model, _ = load_scalar_model(finished[name])
-                expected = model.values(token_ids)[:, -1:] - model.score.bias
-                torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+                expected = run_one(model, ids)[-1:] - model.score.bias
+            torch.testing.assert_close(out[0], expected, rtol=1e-5, atol=1e-5)
 
 
 # Stop and resume

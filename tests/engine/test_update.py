@@ -101,9 +101,10 @@ def gradients(
 
     class Look(Optimizer):
         def step(self) -> dict[str, torch.Tensor]:
-            for name, parameter in self._named_parameters():
-                if parameter.grad is not None:
-                    found[name] = parameter.grad.clone()
+            for module_name, module in modules.items():
+                for name, parameter in module.named_parameters():
+                    if parameter.grad is not None:
+                        found[f"{module_name}.{name}"] = parameter.grad.clone()
             return super().step()
 
     modules: dict[str, torch.nn.Module] = {"policy": copy.deepcopy(policy)}
