@@ -11,9 +11,10 @@ import pytest
 import torch
 from folders import TIED, edit_json, language_model
 
-from fuserl.model.config import Rope, RopeScaling
+from fuserl.model.config import DecoderConfig, Rope, RopeScaling
 from fuserl.model.config_json import TOKEN_IDS, config_from_hf, config_to_hf, load_config
-from fuserl.model.entries import UnsupportedModel
+from fuserl.model.entries import OLD_ROPE_KEYS, UnsupportedModel
+from fuserl.model.families import FAMILIES
 from fuserl.model.folder import load_language_model, save_model
 from fuserl.model.rotary import frequencies_of
 
@@ -178,6 +179,25 @@ def test_old_rotary_spellings_mean_what_transformers_reads(content: dict[str, An
         expected, attention_factor = ROPE_INIT_FUNCTIONS[kind](theirs)
         torch.testing.assert_close(frequencies, expected)
         assert factor == pytest.approx(attention_factor)
+
+
+JUNK = [None, -1, 0, 1, 7, 2.5, float("nan"), "x", True, [], [1], [{}], {}, {"full_attention": 3}]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_junk_at_any_key_is_a_value_error(family: str) -> None:
+    """Never another error; and what is read is a configuration."""
+    raw = minimal(family) | {"rotary_pct": 0.5, "rotary_dim": 4}
+    keys = {*config_to_hf(dataclasses.replace(config_from_hf(raw), source={})), *OLD_ROPE_KEYS}
+    keys |= {"layer_types", "sliding_window_pattern", "max_window_layers", "use_sliding_window"}
+    num_refused = 0
+    for key in keys:
+        for junk in JUNK:
+            try:
+                assert isinstance(config_from_hf(raw | {key: junk}), DecoderConfig)
+            except ValueError:
+                num_refused += 1
+    assert num_refused > len(keys)
 
 
 def test_only_what_has_changed_is_written_anew() -> None:

@@ -47,7 +47,7 @@ def config_from_hf(raw: Raw) -> DecoderConfig:
     run the model.
     """
     model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UnsupportedModel(
             f"model_type {model_type!r} is not supported (supported: {', '.join(FAMILIES)})"
         )

@@ -352,8 +352,9 @@ class Windows:
         else:
             if not isinstance(stated, list) or len(stated) != num_layers:
                 raise ValueError(f"layer_types must name {num_layers} layers, not {stated!r}")
-            if odd := set(stated) - {"full_attention", "sliding_attention"}:
-                raise UnsupportedModel(f"layer_types {min(odd)!r} is not supported")
+            known = ("full_attention", "sliding_attention")
+            if odd := [kind for kind in stated if kind not in known]:
+                raise UnsupportedModel(f"layer_types {odd[0]!r} is not supported")
             has = tuple(kind == "sliding_attention" for kind in stated)
             if any(has) and window is None:
                 raise UnsupportedModel("layer_types 'sliding_attention' without a sliding_window")

@@ -79,11 +79,16 @@ def _num_heads(fields: Fields) -> int:
     return int(fields["num_heads"])
 
 
-def _count(raw: Raw, key: str, default: int) -> int:
+def _count(raw: Raw, key: str, default: int, least: int = 0) -> int:
     value = raw.get(key, default)
-    if type(value) is not int:
-        raise ValueError(f"{key} must be int, not {value!r}")
+    if type(value) is not int or value < least:
+        raise ValueError(f"{key} must be int and at least {least}, not {value!r}")
     return value
+
+
+def _has_pattern_window(raw: Raw, layer: int) -> bool:
+    """Gemma 3: all layers but every sixth, or as the config says."""
+    return (layer + 1) % _count(raw, "sliding_window_pattern", 6, least=1) > 0
 
 
 _SILU = {"silu": {"activation": "silu"}, "swish": {"activation": "silu"}}
@@ -279,9 +284,7 @@ FAMILIES: dict[str, Family] = {
             TwoRopes(),
             Constant({"post_norms": True, "qk_norm": True}),
             AttentionScale(),
-            Windows(
-                layers=lambda raw, layer: (layer + 1) % _count(raw, "sliding_window_pattern", 6) > 0
-            ),
+            Windows(layers=_has_pattern_window),
             Value("attn_logit_softcapping", "attention_softcap", float, None),
             Value("final_logit_softcapping", "final_softcap", float, None),
             kv_heads=4,
