@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fuserl.model.cpu_attention import cpu_attention
 from fuserl.model.packing import Packing
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -131,6 +132,8 @@ def _by_sdpa(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
+    if query.device.type == "cpu" and window is None and softcap is None:
+        return cpu_attention(query, key, value, packing.lengths, scale)
     lengths = list(packing.lengths)
     grouped = query.shape[1] != key.shape[1]
     parts = []
