@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from packed import run, run_one
-from tiny_models import FAMILY_MODELS, LENGTH, VOCAB_SIZE
+from tiny_models import FAMILY_MODELS, LENGTH, VOCAB_SIZE, build
 from torch import Tensor
 
 from fuserl.model.config_json import config_from_hf, config_to_hf
@@ -114,6 +114,25 @@ def test_folders_of_either_side(name: str, tmp_path: Path) -> None:
         with torch.no_grad():
             assert torch.equal(back(rows).logits, expected)
         assert_same_tensors(load_language_model(folder).state_dict(), ours.state_dict())
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma", "gemma2", "gemma3_text", "gpt_neox"])
+def test_folders_with_the_embeddings_tied_the_other_way(name: str, tmp_path: Path) -> None:
+    """The other families have a model of each kind."""
+    from transformers import AutoModelForCausalLM
+
+    was_tied = FAMILY_MODELS[name]().config.tie_word_embeddings
+    theirs = build(name, tie_word_embeddings=not was_tied)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_language_model(tmp_path / "theirs")
+    assert ours.config.tie_embeddings != was_tied
+    save_model(ours, tmp_path / "ours")
+    back = open_in_transformers(AutoModelForCausalLM, tmp_path / "ours")
+    assert_same_tensors(back.state_dict(), theirs.state_dict())
+    rows = token_rows()
+    with torch.no_grad():
+        expected = back(rows).logits
+        torch.testing.assert_close(our_logits(ours, rows), expected, rtol=1e-4, atol=1e-4)
 
 
 @EVERY

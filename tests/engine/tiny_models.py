@@ -131,11 +131,12 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def _build(name: str) -> Any:
+def build(name: str, **changes: Any) -> Any:
+    """A model of FAMILY_MODELS with other settings of its configuration."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model_type, settings = _MODELS[name]
-    config = AutoConfig.for_model(model_type, **settings)
+    config = AutoConfig.for_model(model_type, **(settings | changes))
     # eager: the one implementation that knows every switch (soft caps).
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(sum(name.encode()))
@@ -149,5 +150,5 @@ def _build(name: str) -> Any:
     return model.eval()
 
 
-FAMILY_MODELS: dict[str, Callable[[], Any]] = {name: partial(_build, name) for name in _MODELS}
+FAMILY_MODELS: dict[str, Callable[[], Any]] = {name: partial(build, name) for name in _MODELS}
 """Each call gives a fresh PreTrainedModel (for causal language modelling) with the same weights."""
