@@ -145,6 +145,18 @@ def test_samples_of_a_prompt_differ_and_stand_together(make_model: MakeModel) ->
     assert policy.generate(PROMPTS[:2], max_new_tokens=12, n=6, seed=0) == out
 
 
+def test_an_ended_row_passes_no_table_of_positions(make_model: MakeModel) -> None:
+    """It decodes on, unread, while most rows live: beyond the last learned position too."""
+    policy = without_tokenizer(make_model(seed=1, rope=None, max_positions=24))
+    prompts = [[3] * 20, [5], [6], [7], [8]]
+    limits = [4, 20, 20, 20, 20]
+    out = policy.generate(prompts, max_new_tokens=limits, temperature=0.0, ignore_eos=True)
+    assert list(map(len, out.token_ids)) == limits
+    for prompt, limit, row in zip(prompts, limits, out.token_ids, strict=True):
+        alone = policy.generate([prompt], max_new_tokens=limit, temperature=0.0, ignore_eos=True)
+        assert alone.token_ids == [row]
+
+
 def test_each_prompt_has_its_own_limit(make_model: MakeModel) -> None:
     policy = without_tokenizer(make_model(seed=1))
     limits = [1, 9, 4, 2, 6]

@@ -33,6 +33,7 @@ from fuserl.optimizer import Optimizer
 from fuserl.policy import Policy
 from fuserl.rollout.decode import decode
 from fuserl.rollout.sampling import SamplingParams
+from fuserl.stages.reward import RewardTrainer
 from fuserl.stages.rl import RLTrainer
 from fuserl.stages.sft import SFTTrainer
 from fuserl.tokenizer import Tokenizer
@@ -417,35 +418,59 @@ def start(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Pat
     return folder
 
 
+def losses(folder: Path, name: str) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
 def test_the_stages_train_it(start: Path, rows: list[dict[str, Any]], tmp_path: Path) -> None:
-    """SFT, then PPO with a critic on the same trunk; both folders open in transformers."""
+    """SFT, a reward model, and PPO with a critic that starts from it; transformers opens all."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    sft = tmp_path / "sft"
     options: dict[str, Any] = {"batch_size": 8, "microbatch_size": 4, "learning_rate": 1e-3}
+    sft, reward, out = tmp_path / "sft", tmp_path / "reward", tmp_path / "rl"
     SFTTrainer(str(start), data=rows, out=sft, epochs=2, **options).train()
-    lines = [json.loads(line) for line in (sft / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss/train"] for line in lines if "loss/train" in line]
-    assert losses[-1] < losses[0]
-
-    def reward(completions: list[str], **_: Any) -> list[float]:
-        return [float("dog" in text) for text in completions]
-
-    out = tmp_path / "rl"
+    assert losses(sft, "loss/train")[-1] < losses(sft, "loss/train")[0]
+    RewardTrainer(str(sft), data=rows, out=reward, epochs=2, **options).train()
+    assert losses(reward, "loss/train")[-1] < losses(reward, "loss/train")[0]
     RLTrainer(
         str(sft),
         data=rows,
-        reward=reward,
+        reward=str(reward),
         out=out,
         algorithm="ppo",
         steps=2,
         max_new_tokens=6,
         **options,
     ).train()
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert all(abs(line["first/val/ratio"] - 1) < 1e-4 for line in lines)
-    moved = AutoModelForCausalLM.from_pretrained(out)
-    before = AutoModelForCausalLM.from_pretrained(sft)
-    assert not torch.equal(moved.lm_head.weight, before.lm_head.weight)
-    critic = AutoModelForSequenceClassification.from_pretrained(out / "critic")
-    assert critic.config.num_labels == 1
+    assert all(abs(ratio - 1) < 1e-4 for ratio in losses(out, "first/val/ratio"))
+    trained = AutoModelForCausalLM.from_pretrained(out).lm_head.weight
+    assert not torch.equal(trained, AutoModelForCausalLM.from_pretrained(sft).lm_head.weight)
+    scorers = [
+        AutoModelForSequenceClassification.from_pretrained(folder).score.weight
+        for folder in (reward, out / "critic")
+    ]
+    assert len(scorers[0]) == 1
+    assert not torch.equal(*scorers)
+
+
+def test_an_interrupted_run_resumes_to_the_same_bits(
+    start: Path, rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-3}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    SFTTrainer(str(start), data=rows, out=whole, **options).train()
+    steps = Optimizer.step
+
+    def stop_at_fourth(self: Optimizer) -> dict[str, Tensor]:
+        if self.steps == 3:
+            raise KeyboardInterrupt
+        return steps(self)
+
+    monkeypatch.setattr(Optimizer, "step", stop_at_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        SFTTrainer(str(start), data=rows, out=parts, **options).train()
+    monkeypatch.undo()
+    assert (parts / "checkpoint").exists()
+    SFTTrainer(str(start), data=rows, out=parts, resume=True, **options).train()
+    assert (parts / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()

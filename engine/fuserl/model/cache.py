@@ -30,6 +30,8 @@ class KVCache:
         self.slots = torch.arange(len(prompt_of_row), device=device)  # of each row
         self.lengths = torch.zeros_like(prompt_of_row)  # of each row's completion so far
         self.num_positions = prompts.max_length + capacity
+        if config.rope is None:  # an ended row decodes on, unread, but not past a table
+            self.num_positions = min(self.num_positions, config.max_positions)
 
         def arena(rows: int, width: int) -> list[Tensor]:
             shape = (config.num_layers, rows, config.num_kv_heads, width, config.head_dim)

@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -42,6 +42,7 @@ from fuserl.model.stored import (
 logger = logging.getLogger(__name__)
 
 _UNBOUNDED = 1 << 20  # positions of an architecture that names no limit (ALiBi, state spaces)
+_SOFTCAP_KEYS = ("final_logit_softcapping", "logits_soft_cap")
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _MAX_PROBLEMS = 6
 _told: set[str] = set()
@@ -77,10 +78,10 @@ def read_config(folder: Path, reason: ValueError) -> DecoderConfig:
         num_heads=num_heads,
         num_kv_heads=num_heads,
         head_dim=getattr(text, "head_dim", None) or max(1, text.hidden_size // num_heads),
-        max_positions=_max_positions(text),
+        max_positions=_first(text, _POSITION_KEYS) or _UNBOUNDED,
         rope=None,
         tie_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
-        final_softcap=getattr(text, "final_logit_softcapping", None),
+        final_softcap=_first(text, _SOFTCAP_KEYS),
         bos_token_id=text.bos_token_id,
         eos_token_id=eos[0] if isinstance(eos, list | tuple) else eos,
         pad_token_id=text.pad_token_id,
@@ -117,11 +118,9 @@ def _language_model_class(source: Any, reason: ValueError) -> Any:
         ) from None
 
 
-def _max_positions(text: Any) -> int:
-    for key in _POSITION_KEYS:
-        if size := getattr(text, key, None):
-            return int(size)
-    return _UNBOUNDED
+def _first(text: Any, keys: Sequence[str]) -> Any:
+    """What the first of these keys that is set says; None where none is."""
+    return next((value for key in keys if (value := getattr(text, key, None))), None)
 
 
 def _switch_length(text: Any) -> int | None:
@@ -265,8 +264,9 @@ def _load(
             local_files_only=True,
             output_loading_info=True,
         )
-    _refuse(folder, [f"{key} is missing" for key in sorted(report["missing_keys"] - kept)])
-    for name in sorted(report["missing_keys"]):  # a reward model's folder, which keeps it apart
+    missing = sorted(report["missing_keys"])
+    _refuse(folder, [f"{key} is missing" for key in missing if key not in kept])
+    for name in missing:  # a reward model's folder, which keeps it apart
         with torch.no_grad():
             module.get_parameter(name).copy_(_read(stored[name]))
     return module.to(device or "cpu")

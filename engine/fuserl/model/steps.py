@@ -89,7 +89,8 @@ class DecodeStep:
         self._cache = cache
         self._offsets = cache.lengths
         self._lengths = cache.lengths + 1
-        self.positions = cache.prompt_lengths[cache.prompt_of_row] + cache.lengths
+        positions = cache.prompt_lengths[cache.prompt_of_row] + cache.lengths
+        self.positions = positions.clamp(max=cache.num_positions - 1)
 
     def attend(self, attention: Heads, qkv: Tensor) -> Tensor:
         cache, layer = self._cache, attention.layer
