@@ -70,5 +70,6 @@ PYBIND11_MODULE(_native, module) {
                "out_is_new"_a, "num_threads"_a, Unlocked());
     bind_advantages(module);
     bind_losses(module);
+    bind_norms(module);
     bind_sampling(module);
 }

@@ -22,4 +22,5 @@ T* at(Address address) {
 
 void bind_advantages(py::module_& module);
 void bind_losses(py::module_& module);
+void bind_norms(py::module_& module);
 void bind_sampling(py::module_& module);

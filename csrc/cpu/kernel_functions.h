@@ -5,6 +5,7 @@
 
 #include "advantages.h"
 #include "losses.h"
+#include "norms.h"
 #include "sampling.h"
 #include "token_logprobs.h"
 
@@ -19,6 +20,7 @@ struct KernelFunctions {
     RowFunctions rows;
     AdvantageFunctions advantages;
     LossFunctions losses;
+    NormFunctions norms;
     SamplingFunctions sampling;
 };
 

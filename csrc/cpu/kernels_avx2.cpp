@@ -13,11 +13,12 @@ using Simd = GenericSimd<8>;
 #include "kl_terms.h"
 #include "advantage_kernels.h"
 #include "loss_kernels.h"
+#include "norm_kernels.h"
 #include "sampling_kernels.h"
 }  // namespace
 
 const KernelFunctions avx2_functions{"avx2", row_functions, advantage_functions, loss_functions,
-                                       sampling_functions};
+                                       norm_functions, sampling_functions};
 
 }  // namespace fuserl
 

@@ -122,11 +122,12 @@ struct Simd : GenericSimd<16> {
 #include "kl_terms.h"
 #include "advantage_kernels.h"
 #include "loss_kernels.h"
+#include "norm_kernels.h"
 #include "sampling_kernels.h"
 }  // namespace
 
 const KernelFunctions avx512_functions{"avx512", row_functions, advantage_functions, loss_functions,
-                                       sampling_functions};
+                                       norm_functions, sampling_functions};
 
 }  // namespace fuserl
 

@@ -10,10 +10,11 @@ using Simd = GenericSimd<4>;
 #include "kl_terms.h"
 #include "advantage_kernels.h"
 #include "loss_kernels.h"
+#include "norm_kernels.h"
 #include "sampling_kernels.h"
 }  // namespace
 
 const KernelFunctions baseline_functions{"baseline", row_functions, advantage_functions, loss_functions,
-                                       sampling_functions};
+                                       norm_functions, sampling_functions};
 
 }  // namespace fuserl

@@ -9,6 +9,7 @@ from fuserl_kernels.advantages import discounted_returns, gae, rewards_to_advant
 from fuserl_kernels.backend import use_backend
 from fuserl_kernels.linear_policy_loss import linear_policy_loss
 from fuserl_kernels.linear_token_logprobs import linear_token_logprobs
+from fuserl_kernels.norms import layer_norm, rms_norm
 from fuserl_kernels.pairwise_loss import pairwise_loss
 from fuserl_kernels.policy_loss import policy_loss
 from fuserl_kernels.ppo_loss import ppo_loss
@@ -24,6 +25,7 @@ __all__ = [
     "discounted_returns",
     "gae",
     "kl_penalty",
+    "layer_norm",
     "linear_policy_loss",
     "linear_token_logprobs",
     "masked_moments",
@@ -32,6 +34,7 @@ __all__ = [
     "policy_loss",
     "ppo_loss",
     "rewards_to_advantages",
+    "rms_norm",
     "sample_tokens",
     "shape_rewards",
     "token_logprobs",

@@ -33,7 +33,7 @@ def _cast(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """Float32 to dtype, rounded to nearest even."""
     if _TRUNCATES and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
-        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000  # a zero stays one
         x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
     return x.to(dtype)
 
