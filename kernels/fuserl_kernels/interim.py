@@ -3,21 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-
-def rms_norm(x, weight, *, residual=None, eps=1e-6, weight_offset=0.0):  # type: ignore
-    s = x if residual is None else x + residual
-    s32 = s.double() if s.dtype == torch.float64 else s.float()
-    y = s32 * torch.rsqrt(s32.square().mean(-1, keepdim=True) + eps)
-    y = (y * (weight_offset + weight.to(y.dtype))).to(s.dtype)
-    return y if residual is None else (y, s)
-
-
-def layer_norm(x, weight, bias=None, *, residual=None, eps=1e-5):  # type: ignore
-    s = x if residual is None else x + residual
-    y = F.layer_norm(
-        s, s.shape[-1:], weight.to(s.dtype), None if bias is None else bias.to(s.dtype), eps
-    )
-    return y if residual is None else (y, s)
+from fuserl_kernels.norms import rms_norm
 
 
 def glu(gate_up, *, activation="silu"):  # type: ignore
@@ -105,3 +91,5 @@ def decode_attention(
             s = softcap * torch.tanh(s / softcap)
         outs.append((s.softmax(-1) @ v.float()).view(query.shape[1], -1).to(query.dtype))
     return torch.stack(outs)
+
+__all__ = ["decode_attention", "glu", "rotary", "rotary_kv_write"]
