@@ -38,11 +38,12 @@ class Checkpoint:
     def save(
         self, modules: Mapping[str, nn.Module], optimizer: Optimizer, progress: Mapping[str, Any]
     ) -> None:
-        """progress: what JSON holds; read back by `progress`."""
+        """Frozen weights are not saved: a resumed run has them from where it started.
+        progress: what JSON holds; read back by `progress`."""
         shutil.rmtree(self._new, ignore_errors=True)
         self._new.mkdir(parents=True)
         for name, module in modules.items():
-            _save(module.state_dict(), self._new / f"{name}.safetensors")
+            _save(_moving_state(module), self._new / f"{name}.safetensors")
         _save(optimizer.state(), self._new / "optimizer.safetensors")
         with (self._new / "progress.json").open("w") as file:
             json.dump({**progress, "optimizer_steps": optimizer.steps}, file, indent=2)
@@ -58,10 +59,14 @@ class Checkpoint:
         return json.loads((self._whole() / "progress.json").read_text())
 
     def load(self, modules: Mapping[str, nn.Module], optimizer: Optimizer) -> None:
-        """Fill modules and optimizer in place."""
+        """Fill modules and optimizer in place. What is frozen stays as it is: the run's start."""
         folder = self._whole()
         for name, module in modules.items():
-            module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+            frozen = module.state_dict().keys() - _moving_state(module).keys()
+            stored = load_file(folder / f"{name}.safetensors")
+            found = module.load_state_dict(stored, strict=False)
+            if found.unexpected_keys or set(found.missing_keys) != frozen:
+                raise ValueError(f"{folder / name}.safetensors is of another model")
         optimizer.load_state(
             load_file(folder / "optimizer.safetensors"), self.progress()["optimizer_steps"]
         )
@@ -76,6 +81,12 @@ class Checkpoint:
 
     def _whole(self) -> Path:
         return self._folder if self._folder.exists() else self._old
+
+
+def _moving_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The state that a run may change: without the parameters that are frozen."""
+    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+    return {name: t for name, t in module.state_dict().items() if name not in frozen}
 
 
 def digest(module: nn.Module) -> str:

@@ -96,6 +96,14 @@ class TrainConfig(DataConfig):
     frozen_layers: float = 0
     """How many of the lowest layers stay as they are, with the embeddings (and a head tied to
     them); below 1, the share of them. The critic's too. 0: everything trains."""
+    lora_rank: int = 0
+    """Rank of low-rank adapters, which train instead of the weights (0: none). The critic has its
+    own. The reference is then the policy without its adapters."""
+    lora_alpha: float | None = None
+    """Adapters are scaled by this over their rank. Default: twice the rank."""
+    lora_targets: str = "all-linear"
+    """Which modules have adapters: ends of Hugging Face's names with commas between, such as
+    q_proj,v_proj; all-linear: every product in the layers."""
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
@@ -112,6 +120,24 @@ class TrainConfig(DataConfig):
                 "frozen_layers must be a number of layers or a share of them below 1, "
                 f"got {self.frozen_layers}"
             )
+        self._check_lora()
+
+    def _check_lora(self) -> None:
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank must not be negative, got {self.lora_rank}")
+        if self.lora_alpha is not None:
+            _require_positive(self, "lora_alpha")
+        if not all(name.strip() for name in self.lora_targets.split(",")):
+            raise ValueError(
+                f"lora_targets must be names with commas between, got {self.lora_targets!r}"
+            )
+        if self.lora_rank and self.frozen_layers:
+            raise ValueError(
+                "lora_rank and frozen_layers exclude each other: with adapters all weights are "
+                "frozen (lora_targets chooses where adapters are)"
+            )
+        if not self.lora_rank and (self.lora_alpha, self.lora_targets) != (None, "all-linear"):
+            raise ValueError("lora_alpha and lora_targets make no sense without a lora_rank")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ from fuserl.checkpoint import Checkpoint
 from fuserl.config import TrainConfig
 from fuserl.interrupt import Interrupted, InterruptFlag
 from fuserl.metrics import Metrics, MetricsLog
+from fuserl.model.adapter_folder import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
 from fuserl.model.config import SMALL_NAMES
 from fuserl.model.config_json import CONFIG_FILE, GENERATION_FILE
 from fuserl.model.notes import NOTES_FILE
@@ -30,6 +31,9 @@ _MAY_DIFFER = {
     "activation_checkpointing",
 }
 """Options that a resumed run may change: none of them changes what is computed."""
+
+ADAPTER_FOLDER = "adapter"
+"""Inside a run's folder: its low-rank adapters by themselves, as PEFT stores them."""
 
 _LEFT_BEHIND = (
     *("summary.json", "metrics.jsonl"),
@@ -207,8 +211,12 @@ def remove_run(out: Path) -> None:
         templates = folder / "additional_chat_templates"
         if templates.is_dir() and not any(templates.iterdir()):
             templates.rmdir()
-    if critic.is_dir() and not any(critic.iterdir()):
-        critic.rmdir()
+    adapter = out / ADAPTER_FOLDER
+    for name in (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE):
+        (adapter / name).unlink(missing_ok=True)
+    for folder in (critic, adapter):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _refuse_own_start(stage: str, config: TrainConfig) -> None:

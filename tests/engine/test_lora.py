@@ -14,7 +14,6 @@ from fuserl.model.heads import LanguageModel, ScalarModel
 from fuserl.model.lora import (
     adapters_off,
     add_lora,
-    as_base,
     find_adapters,
     find_targets,
     merged,
@@ -83,7 +82,7 @@ def test_adapters_begin_as_nothing_and_are_off_bit_for_bit(
             pass
         assert torch.equal(run(model), run(start))
     assert torch.equal(run(model), moved)
-    with pytest.raises(RuntimeError, match="inside"), as_base(model):
+    with pytest.raises(RuntimeError, match="inside"), adapters_off(model):
         raise RuntimeError("inside")
     assert torch.equal(run(model), moved)
 

@@ -7,7 +7,7 @@ as a whole.
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -113,9 +113,7 @@ def put_adapters(model: Model, segments: Iterable[tuple[Target, Segment]]) -> li
     by_linear: dict[str, list[Segment]] = {}
     for target, segment in segments:
         by_linear.setdefault(target.linear, []).append(segment)
-    model.trunk.requires_grad_(False)
-    if isinstance(model, LanguageModel):
-        model.requires_grad_(False)
+    freeze_base(model)
     layers = []
     for name, adapters in by_linear.items():
         linear = model.get_submodule(name)
@@ -125,6 +123,13 @@ def put_adapters(model: Model, segments: Iterable[tuple[Target, Segment]]) -> li
     return layers
 
 
+def freeze_base(model: Model) -> None:
+    """Freeze all but a scalar head: what adapters leave as it is."""
+    model.trunk.requires_grad_(False)
+    if isinstance(model, LanguageModel):
+        model.requires_grad_(False)
+
+
 def find_adapters(model: nn.Module) -> dict[str, LoRALinear]:
     """The products with adapters, by their names in the model."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
@@ -132,8 +137,8 @@ def find_adapters(model: nn.Module) -> dict[str, LoRALinear]:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is its base, bit for bit: the reference policy, without a copy of the
-    weights. ValueError for a model without adapters, which would be its own reference."""
+    """Inside, the model is its base, bit for bit: what it was before its adapters learned.
+    ValueError for a model without adapters: it is no longer anything but itself."""
     layers = list(find_adapters(model).values())
     if not layers:
         raise ValueError("the model has no adapters to switch off")
@@ -147,17 +152,13 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer.is_on = was_on
 
 
-@contextmanager
-def as_base(model: nn.Module) -> Iterator[None]:
-    """As adapters_off, and nothing for a model without adapters, which is a base."""
-    with adapters_off(model) if find_adapters(model) else nullcontext():
-        yield
-
-
 def merged(model: AnyModel) -> AnyModel:
     """A plain model with the adapters added into its weights, all of it to be trained. It shares
-    the storage of every parameter that has no adapter; the given model stays as it is."""
+    the storage of every parameter that has no adapter; the given model stays as it is, and is the
+    result where it has none."""
     layers = find_adapters(model)
+    if not layers:
+        return model
     shared: dict[int, Tensor] = {id(p): nn.Parameter(p.detach()) for p in model.parameters()}
     if isinstance(model, ScalarModel):
         shared |= {id(kept): kept for kept in model.kept_lm_head.values()}

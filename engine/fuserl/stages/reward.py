@@ -20,12 +20,12 @@ from fuserl.model.heads import ScalarModel
 from fuserl.model.hub import resolve_folder
 from fuserl.model.notes import FolderNotes
 from fuserl.optimizer import Optimizer
-from fuserl.policy import Policy, save_folder
+from fuserl.policy import Policy
 from fuserl.run import Run, prepare_folder
 from fuserl.sequences import Sequences, last_values
 from fuserl.stages.opening import loading, open_notes, open_policy, open_tokenizer, tell
 from fuserl.stages.supervised import evaluate_on, plan_epochs, train_on
-from fuserl.stages.trainable import make_trainable, training_dtype
+from fuserl.stages.trainable import adapt, make_trainable, save_trained, training_dtype
 from fuserl.tokenizer import Tokenizer
 
 
@@ -73,6 +73,7 @@ class RewardTrainer:
             )
             validation = PairwiseLoss(model, held_out, config.center_coef)
         plan = plan_epochs([objective] * config.epochs, config.batch_size, seed=config.seed)
+        adapt(model, config, seed=config.seed)
         modules = {"reward": model}
         optimizer = Optimizer(modules, config, total_steps=len(plan))
         facts = {
@@ -97,7 +98,7 @@ class RewardTrainer:
                 show=("loss/train", "reward/accuracy"),
             )
             mean = objective.center()
-            save_folder(run.out, model, tokenizer, notes)
+            save_trained(run.out, model, tokenizer, notes, base=config.model)
             summary = {"steps": len(plan), "rows": len(rankings), "mean_before_centring": mean}
             return run.finish({**summary, **last})
 

@@ -20,7 +20,7 @@ from fuserl.shaping import shape
 from fuserl.stages.opening import loading, open_policy, room_for_prompts, tell
 from fuserl.stages.rl_metrics import Clock, describe, hydra_savings, summarize
 from fuserl.stages.rl_models import RLModels, open_models, save_critic
-from fuserl.stages.trainable import make_trainable, training_dtype
+from fuserl.stages.trainable import make_trainable, save_trained, training_dtype
 from fuserl.update import update
 
 
@@ -88,7 +88,9 @@ class RLTrainer:
             facts=facts,
         ) as run:
             self._learn(run, policy, prompts, models, optimizer)
-            policy.save(run.out)
+            policy.model = save_trained(
+                run.out, policy.model, policy.tokenizer, policy.notes, base=policy.source
+            )
             if models.critic is not None:
                 save_critic(models.critic, policy, run.out)
             return run.finish({"steps": config.steps, **summarize(run.out / "metrics.jsonl")})

@@ -14,9 +14,10 @@ from fuserl.model.freezing import num_frozen
 from fuserl.model.heads import Critic, LanguageModel, ScalarModel, SharedCritic
 from fuserl.model.hub import resolve_folder
 from fuserl.model.hydra import copy_trained, critic_on, frozen_copy, share_trunk
+from fuserl.model.lora import merged
 from fuserl.policy import Policy, save_folder
 from fuserl.rewards import FunctionReward, ModelReward, Reward, RewardFunction
-from fuserl.stages.trainable import make_trainable
+from fuserl.stages.trainable import adapt, make_trainable
 from fuserl.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -28,7 +29,8 @@ class RLModels:
 
 
 def open_models(config: RLConfig, source: str | Path | RewardFunction, policy: Policy) -> RLModels:
-    """policy: as it will train. source: a reward model's folder, or a function."""
+    """policy: made trainable; it gets its adapters here. source: a reward model's folder, or a
+    function."""
     scorer: ScalarModel | None = None
     at_tokens = config.reward_at == "token"
     if callable(source):
@@ -48,6 +50,10 @@ def open_models(config: RLConfig, source: str | Path | RewardFunction, policy: P
         tops.append(critic.trunk)
     if tops:
         share_trunk(num_frozen(policy.model.trunk), policy.model.trunk, *tops)
+    # After the copies: they hold the weights under the adapters in common, and none of these.
+    adapt(policy.model, config, seed=config.seed)
+    if isinstance(critic, ScalarModel):
+        adapt(critic, config, seed=config.seed + 1)
     return RLModels(reference, reward, critic)
 
 
@@ -81,7 +87,7 @@ def save_critic(critic: Critic, policy: Policy, out: Path) -> None:
     if isinstance(critic, SharedCritic):
         save_critic_head(critic, out)
     else:
-        save_folder(out / "critic", critic, policy.tokenizer, policy.notes)
+        save_folder(out / "critic", merged(critic), policy.tokenizer, policy.notes)
 
 
 def load_reward_model(folder: Path, policy: Policy, dtype: torch.dtype) -> ScalarModel:

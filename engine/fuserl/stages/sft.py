@@ -28,7 +28,7 @@ from fuserl.stages.opening import (
     with_chat_template,
 )
 from fuserl.stages.supervised import evaluate_on, plan_epochs, train_on
-from fuserl.stages.trainable import make_trainable, training_dtype
+from fuserl.stages.trainable import adapt, make_trainable, save_trained, training_dtype
 from fuserl.tokenizer import train_tokenizer
 
 
@@ -79,6 +79,7 @@ class SFTTrainer:
             config.batch_size,
             seed=config.seed,
         )
+        adapt(policy.model, config, seed=config.seed)
         modules = {"policy": policy.model}
         optimizer = Optimizer(modules, config, total_steps=len(plan))
         facts = {
@@ -102,12 +103,19 @@ class SFTTrainer:
                 validate=lambda: evaluate_on(validation, config.microbatch_size),
                 validate_every=config.validate_every,
             )
-            policy.save(run.out)
+            policy.model = save_trained(
+                run.out, policy.model, policy.tokenizer, policy.notes, base=policy.source
+            )
             return run.finish({"steps": len(plan), "rows": len(examples), **last})
 
     def _policy(self) -> Policy:
         config = self.config
         if self._given is None and config.model in SMALL_NAMES:
+            if config.lora_rank:
+                raise ValueError(
+                    f"lora_rank is for a model that was trained before: {config.model} starts "
+                    "from random weights, which adapters would leave as they are"
+                )
             return _from_scratch(config, self._data)
         if config.vocab_size is not None:
             raise ValueError("vocab_size is for a model from scratch: this one brings its own")
