@@ -28,10 +28,12 @@ def rl(config: RLConfig) -> None:
 
 
 def bench(config: BenchConfig) -> None:
-    from fuserl.bench import run, training_step
+    from fuserl.bench import rl_step, run, training_step
 
     if config.op == training_step.NAME:
         training_step.run_training_step(config)
+    elif config.op == rl_step.NAME:
+        rl_step.run_rl_step(config)
     else:
         run.run_bench(config)
 

@@ -414,13 +414,13 @@ class QuickstartConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchConfig:
-    """Time an op against its rivals, or a step of supervised fine-tuning against transformers:
-    `fuserl bench OP`. Every answer is checked first."""
+    """Time an op against its rivals, a step of supervised fine-tuning against transformers, or a
+    step of PPO as a hydra and as three models: `fuserl bench OP`. Every answer is checked first."""
 
     op: str
     """Also without the flag: token_logprobs, linear_token_logprobs, linear_policy_loss, gae,
     rewards_to_advantages, masked_whiten, kl_penalty, policy_loss, ppo_loss, pairwise_loss,
-    sample_tokens or training_step."""
+    sample_tokens, training_step or rl_step."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a CUDA device if there is one."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -451,7 +451,7 @@ class BenchConfig:
     cuda_graph: bool = False
     """Time replays of a captured CUDA graph: the device's part of a call alone."""
     model: Literal["all", "tiny", "3M", "25M"] = "all"
-    """Of training_step. all: 3M and 25M; tiny is no benchmark but a test."""
+    """Of training_step and rl_step. all: 3M and 25M; tiny is no benchmark but a test."""
     providers: str = "all"
     """Names with commas between; plain torch always joins, for the ratios."""
     rounds: int = 25
