@@ -185,6 +185,7 @@ def test_a_share_that_freezes_no_layer_is_no_hydra(
         ({**HYDRA, "critic_model": "m"}, "critic_model makes no sense with critic hydra"),
         ({"critic": "shared", "algorithm": "reinforce"}, "critic makes no sense with reinforce"),
         ({"critic_head": "mlp", "algorithm": "reinforce"}, "critic_head makes no sense with"),
+        ({**HYDRA, "lora_rank": 2}, "lora_rank and frozen_layers exclude each other"),
         ({"critic": "none"}, "critic must be one of"),
         ({"critic_head": "wide"}, "critic_head must be one of"),
         ({"reference": None}, "reference must be one of"),
