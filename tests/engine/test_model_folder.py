@@ -342,6 +342,14 @@ def test_a_head_with_several_labels_is_refused(tmp_path: Path) -> None:
         load_scalar_model(tmp_path)
 
 
+@pytest.mark.usefixtures("no_allocation")
+def test_the_head_a_reward_model_keeps_must_fit(tmp_path: Path) -> None:
+    save_model(language_model(UNTIED), tmp_path)
+    edit_weights(tmp_path, lambda weights: weights.update({"lm_head.weight": torch.ones(39, 16)}))
+    with pytest.raises(ValueError, match=r"lm_head\.weight has shape \(39, 16\).*vocab_size 40"):
+        load_scalar_model(tmp_path)
+
+
 def test_known_extra_tensors_are_ignored(saved: Path) -> None:
     edit_weights(
         saved,

@@ -98,7 +98,7 @@ def load_language_model(
     stored = _named(_stored(folder), config)
     with torch.device("meta"):
         model = LanguageModel(config)
-    _check(model, stored, folder)
+    _check(config, _pieces(model), stored, folder)
     _fill(model, stored, device, dtype)
     return model
 
@@ -142,8 +142,10 @@ def load_scalar_model(
     with torch.device("meta"):
         model = ScalarModel(config, head)
         kept = _kept_head_pieces(config)
-    optional = {name for name in model.state_dict() if name.startswith("score")}
-    _check(model, stored, folder, optional if head_is_new else {"score.bias"})
+    new = {name for name in model.state_dict() if name.startswith("score")}
+    optional = kept.keys() | (new if head_is_new else {"score.bias"})
+    pieces = _pieces(model) | {name: [piece] for name, piece in kept.items()}
+    _check(config, pieces, stored, folder, optional)
     _fill(model, stored, device, dtype)
     if head_is_new:
         model.initialize_head(head_seed)
@@ -188,41 +190,29 @@ def _pieces(model: LanguageModel | ScalarModel) -> dict[str, list[Piece]]:
 
 
 def _check(
-    model: LanguageModel | ScalarModel,
+    config: DecoderConfig,
+    pieces: Mapping[str, list[Piece]],
     stored: Mapping[str, StoredTensor],
     folder: Path,
     optional: Collection[str] = (),
 ) -> None:
-    """Compare a model on the meta device with what is stored. One error lists every problem,
-    up to a handful. optional: names of the state dict that may be missing."""
-    config, names = model.config, FAMILIES[model.config.family].weights
-    head, problems = f"{names.head}.weight", []
-    rows_of_vocabulary = {head, f"{names.prefix}{names.modules['embed_tokens']}.weight"}
-    known = {head, f"{names.head}.bias", "score.weight", "score.bias"}
-    for ours, pieces in _pieces(model).items():
-        for piece in pieces:
-            known.add(piece.name)
-            tensor = stored.get(piece.name)
-            if tensor is None:
-                if ours not in optional:
-                    hint = " (no starting model left its language-model head)"
-                    problems.append(
-                        f"{weights_source(folder)}: {piece.name} {piece.shape} is missing"
-                        f"{hint if piece.name == head else ''}"
-                    )
-            elif tensor.shape != piece.shape:
-                hint = f" (vocab_size {config.vocab_size})"
+    """Compare the pieces a model is made of, by its own names, with what is stored. One error
+    lists every problem, up to a handful. optional: those of its names that may be missing."""
+    head = f"{FAMILIES[config.family].weights.head}."
+    problems = []
+    for name, parts in pieces.items():
+        for piece in parts:
+            if tensor := stored.get(piece.name):
+                problems += _misfits(piece, tensor, config)
+            elif name not in optional:
+                is_head = piece.name.startswith(head)
+                hint = " (no starting model left its language-model head)" if is_head else ""
                 problems.append(
-                    f"{tensor.file}: {tensor.name} has shape {tensor.shape}, but {CONFIG_FILE} "
-                    f"makes it {piece.shape}{hint if piece.name in rows_of_vocabulary else ''}"
+                    f"{weights_source(folder)}: {piece.name} {piece.shape} is missing{hint}"
                 )
-            elif tensor.dtype not in FLOAT_DTYPES:
-                problems.append(
-                    f"{tensor.file}: {tensor.name} has dtype {tensor.dtype} "
-                    f"(supported: {', '.join(FLOAT_DTYPES)})"
-                )
+    known = {piece.name for parts in pieces.values() for piece in parts}
     for name, tensor in stored.items():
-        if name not in known and not name.startswith("score_hidden."):
+        if name not in known and not name.startswith((head, *_SCORE)):
             problems.append(
                 f"{tensor.file}: {tensor.name} {tensor.shape} is not a tensor of this model"
             )
@@ -232,6 +222,23 @@ def _check(
         raise ValueError(
             "\n".join([f"{folder} does not fit its config:", *problems[:_MAX_PROBLEMS], *tail])
         )
+
+
+def _misfits(piece: Piece, tensor: StoredTensor, config: DecoderConfig) -> list[str]:
+    """What is wrong with a stored tensor; nothing, for most."""
+    if tensor.shape != piece.shape:
+        names = FAMILIES[config.family].weights
+        embedding = f"{names.prefix}{names.modules['embed_tokens']}."
+        is_vocabulary = piece.name.startswith((embedding, f"{names.head}."))
+        hint = f" (vocab_size {config.vocab_size})" if is_vocabulary else ""
+        return [
+            f"{tensor.file}: {tensor.name} has shape {tensor.shape}, but {CONFIG_FILE} "
+            f"makes it {piece.shape}{hint}"
+        ]
+    if tensor.dtype not in FLOAT_DTYPES:
+        known = ", ".join(FLOAT_DTYPES)
+        return [f"{tensor.file}: {tensor.name} has dtype {tensor.dtype} (supported: {known})"]
+    return []
 
 
 @torch.no_grad()
