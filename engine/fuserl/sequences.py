@@ -138,6 +138,26 @@ def completion_logprobs(
     )
 
 
+def completion_loss(model: LanguageModel, sequences: Sequences) -> Tensor:
+    """Mean negative log-likelihood of the completion tokens, 0-d fp32. Its gradients are made with
+    it, the logits once: it is the policy loss whose weights (CISPO's clipped ratios) are all 1."""
+    token_ids = sequences.completion_ids
+    ones = torch.ones_like(token_ids, dtype=torch.float32)
+    loss, _ = fk.linear_policy_loss(
+        sequences.hidden_states(model.trunk).index_select(0, sequences.before),
+        model.output_weight,
+        token_ids,
+        torch.zeros_like(ones),
+        ones,
+        torch.ones_like(token_ids, dtype=torch.bool),
+        bias=model.output_bias,
+        softcap=model.config.final_softcap,
+        clip="cispo",
+        clip_range=0.0,
+    )
+    return loss
+
+
 def completion_values(
     critic: Critic, sequences: Sequences, width: int, hidden: Tensor | None = None
 ) -> Tensor:

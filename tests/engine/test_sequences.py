@@ -13,6 +13,7 @@ from fuserl.model.heads import LanguageModel, ScalarModel
 from fuserl.sequences import (
     Sequences,
     completion_logprobs,
+    completion_loss,
     completion_values,
     last_values,
     mask_of_lengths,
@@ -115,3 +116,23 @@ def test_logprobs_and_values_equal_one_row_at_a_time(
                 assert logprobs[i, t].item() == pytest.approx(expected, abs=1e-4)
                 assert values[i, t].item() == pytest.approx(own_values[before].item(), abs=1e-4)
             assert (logprobs[i, len(completion) :] == 0).all()
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_the_loss_is_the_mean_of_the_logprobs_with_equal_gradients(
+    make_model: Callable[..., LanguageModel], tie: bool
+) -> None:
+    model = make_model(tie_embeddings=tie, head_bias=True, final_softcap=3.0)
+    sequences = of([([3, 5], [7, 9, 11]), ([4], [8]), ([6, 7, 8], [9, 2])])
+    found = []
+    for loss in (
+        completion_loss(model, sequences),
+        -completion_logprobs(model, sequences).mean(),
+    ):
+        (2 * loss).backward()  # as a microbatch is weighed
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+        model.zero_grad(set_to_none=True)
+    assert len(found[0]) == 1 + len(list(model.parameters()))
+    torch.testing.assert_close(*found)
+    with torch.no_grad():
+        torch.testing.assert_close(completion_loss(model, sequences), found[0][0])

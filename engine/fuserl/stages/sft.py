@@ -18,7 +18,7 @@ from fuserl.model.heads import LanguageModel
 from fuserl.optimizer import Optimizer
 from fuserl.policy import Policy
 from fuserl.run import Run, prepare_folder
-from fuserl.sequences import Sequences, completion_logprobs
+from fuserl.sequences import Sequences, completion_loss
 from fuserl.stages.opening import (
     loading,
     open_notes,
@@ -150,7 +150,7 @@ class CompletionLoss:
             [e.completion_ids for e in examples],
             self._model.device,
         )
-        return -completion_logprobs(self._model, sequences).sum() / self.weight(rows), {}
+        return completion_loss(self._model, sequences), {}
 
 
 def _whole_text(example: PromptCompletion) -> PromptCompletion:
