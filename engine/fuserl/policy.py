@@ -9,9 +9,11 @@ from torch import Tensor
 
 from fuserl.data.prompt_template import PromptTemplate
 from fuserl.device import default_device
+from fuserl.model.adapter_folder import load_adapter
 from fuserl.model.folder import check_vocabulary, load_language_model, read_config, save_model
 from fuserl.model.heads import LanguageModel, ScalarModel
 from fuserl.model.hub import resolve_folder
+from fuserl.model.lora import merged
 from fuserl.model.notes import FolderNotes, read_notes, write_notes
 from fuserl.rollout.decode import check_request, check_token_ids, decode
 from fuserl.rollout.sampling import SamplingParams
@@ -176,10 +178,15 @@ def no_tokenizer(source: str | Path) -> ValueError:
 
 
 def load_policy(
-    folder: str | Path, *, dtype: torch.dtype | None = None, device: str | None = None
+    folder: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
 ) -> Policy:
     """A policy from a Hugging Face folder or hub id.
 
+    adapter: folder of low-rank adapters in PEFT's format, which are merged into the weights.
     dtype: default the checkpoint's on CUDA, fp32 on a CPU. device: default cuda:LOCAL_RANK, else
     cpu. A folder without a tokenizer works with token ids.
     """
@@ -191,4 +198,7 @@ def load_policy(
     if tokenizer:
         check_vocabulary(read_config(path), tokenizer.vocab_size, path)
     model = load_language_model(path, device=place, dtype=dtype)
+    if adapter is not None:
+        load_adapter(model, adapter)
+        model = merged(model)
     return Policy(model, tokenizer, read_notes(path), str(folder))

@@ -211,6 +211,10 @@ def test_sft_leaves_a_model_and_its_adapter(
     assert config["base_model_name_or_path"] == str(policy_folder)
     assert (config["r"], config["lora_alpha"]) == (2, 4.0)
     start = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"])
+    again = load_policy(policy_folder, adapter=tmp_path / "adapter").model
+    kept = load_policy(tmp_path).model
+    assert list(again.state_dict()) == list(kept.state_dict())
+    assert all(map(torch.equal, again.state_dict().values(), kept.state_dict().values()))
     adapted = peft.PeftModel.from_pretrained(start, tmp_path / "adapter").eval()
     token_ids = torch.arange(3, 30)[None]
     with torch.no_grad():
