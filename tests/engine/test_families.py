@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from packed import run, run_one
+from safetensors.torch import load_file
 from tiny_models import FAMILY_MODELS, LENGTH, VOCAB_SIZE, build
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from fuserl.model.families import FAMILIES
 from fuserl.model.folder import load_language_model, load_scalar_model, save_model
 from fuserl.model.heads import LanguageModel, ScalarModel
 from fuserl.model.weights import hf_state, load_hf_state, pieces_of
+from fuserl.policy import load_policy
+from fuserl.tokenizer import Tokenizer
 
 EVERY = pytest.mark.parametrize("name", FAMILY_MODELS)
 
@@ -249,3 +252,27 @@ def test_other_switches_are_exercised(name: str, switch: str) -> None:
     with torch.no_grad():
         difference = our_logits(ours, rows) - our_logits(other, rows)
     assert difference.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "gemma3_text", "gpt_neox"])
+def test_a_policy_goes_back_out_as_it_came(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Every file of a transformers folder; ours adds fuserl.json alone."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    theirs = build(name, vocab_size=tokenizer.vocab_size)
+    theirs.generation_config.update(do_sample=True, temperature=0.6, eos_token_id=[2, 5])
+    theirs.save_pretrained(source)
+    tokenizer.save(source)
+    config = source / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"a_key_of_theirs": {"b": [1]}}))
+    load_policy(source, dtype=torch.float32).save(out)
+    assert {path.name for path in out.iterdir()} == {
+        *(path.name for path in source.iterdir()),
+        "fuserl.json",
+    }
+    for path in source.iterdir():
+        if path.suffix == ".safetensors":
+            assert_same_tensors(load_file(path), load_file(out / path.name))
+        elif path.name in ("config.json", "generation_config.json"):
+            assert json.loads(path.read_text()) == json.loads((out / path.name).read_text())
+        else:
+            assert path.read_bytes() == (out / path.name).read_bytes()

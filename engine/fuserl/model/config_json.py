@@ -67,7 +67,7 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     content = dict(config.source)
     if content:
         before = _describe(config_from_hf(content))
-        described = {key: value for key, value in described.items() if before[key] != value}
+        described = {k: v for k, v in described.items() if k not in before or before[k] != v}
     if "rope_parameters" in described:
         content = {key: value for key, value in content.items() if key not in OLD_ROPE_KEYS}
     content |= described
