@@ -190,6 +190,20 @@ def test_folders_keep_their_bits(name: str, folder_of: Folders, tmp_path: Path) 
     assert was == now
 
 
+def test_keys_nobody_knows_are_kept(folder_of: Folders, tmp_path: Path) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    changed(folder_of("olmo2"), before, made_by="somebody")
+    settings = {"temperature": 0.3, "top_p": 0.5, "eos_token_id": [2, 9]}
+    (before / "generation_config.json").write_text(json.dumps(settings))
+    model = load_language_model(before)
+    save_model(model, after)
+    assert json.loads((after / "config.json").read_text())["made_by"] == "somebody"
+    kept = json.loads((after / "generation_config.json").read_text())
+    assert kept | settings == kept
+    assert model.config.eos_token_id == 2
+
+
 @pytest.mark.parametrize("name", ["olmo2", "bloom", "opt", "cohere-scale"])
 def test_a_reward_model_is_one_for_transformers_where_it_has_the_class(
     name: str, folder_of: Folders, tmp_path: Path

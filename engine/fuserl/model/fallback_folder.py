@@ -69,6 +69,7 @@ def read_config(folder: Path, reason: ValueError) -> DecoderConfig:
         )
     num_heads = getattr(text, "num_attention_heads", None) or 1
     eos = text.eos_token_id
+    generation = folder / GENERATION_FILE
     return DecoderConfig(
         family=FAMILY,
         vocab_size=text.vocab_size,
@@ -85,6 +86,7 @@ def read_config(folder: Path, reason: ValueError) -> DecoderConfig:
         bos_token_id=text.bos_token_id,
         eos_token_id=eos[0] if isinstance(eos, list | tuple) else eos,
         pad_token_id=text.pad_token_id,
+        generation=read_json(generation) if generation.exists() else {},
     )
 
 
@@ -128,7 +130,8 @@ def _switch_length(text: Any) -> int | None:
     ropes = getattr(text, "rope_parameters", None) or {}
     for rope in (ropes, *(value for value in ropes.values() if isinstance(value, dict))):
         if rope.get("rope_type") == "longrope":
-            return int(rope["original_max_position_embeddings"])
+            trained = rope.get("original_max_position_embeddings")
+            return int(trained or text.original_max_position_embeddings)
     return None
 
 
