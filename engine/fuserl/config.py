@@ -414,13 +414,14 @@ class QuickstartConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchConfig:
-    """Time an op against its rivals, a step of supervised fine-tuning against transformers, or a
-    step of PPO as a hydra and as three models: `fuserl bench OP`. Every answer is checked first."""
+    """Time an op against its rivals, a product with adapters against PEFT's, a step of supervised
+    fine-tuning against transformers, or a step of PPO as a hydra and as three models: `fuserl bench
+    OP`. Every answer is checked first."""
 
     op: str
     """Also without the flag: token_logprobs, linear_token_logprobs, linear_policy_loss, gae,
     rewards_to_advantages, masked_whiten, kl_penalty, policy_loss, ppo_loss, pairwise_loss,
-    sample_tokens, training_step or rl_step."""
+    sample_tokens, lora_linear, training_step or rl_step."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a CUDA device if there is one."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
