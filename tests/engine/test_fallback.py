@@ -314,12 +314,14 @@ def test_folders_that_do_not_fit_are_refused_before_weights_are_read(
         load_language_model(changed(folder_of("olmo2"), with_code, auto_map={"AutoConfig": "x.y"}))
 
 
-def test_a_tensor_missing_among_converted_ones_is_refused(
-    folder_of: Folders, tmp_path: Path
-) -> None:
-    """Experts are stored one by one: only transformers knows which is missing."""
+def test_converted_tensors_that_do_not_fit_are_refused(folder_of: Folders, tmp_path: Path) -> None:
+    """Experts are stored one by one: only transformers knows what they make."""
     from safetensors.torch import load_file, save_file
 
+    narrow = tmp_path / "narrow"
+    narrow.mkdir()
+    with pytest.raises(ValueError, match=r"experts.* has shape \(4, .*config.json makes it \(4, "):
+        load_language_model(changed(folder_of("mixtral-window"), narrow, intermediate_size=48))
     changed(folder_of("mixtral-window"), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.layers.1.self_attn.q_proj.weight"]

@@ -67,24 +67,24 @@ def read_config(folder: Path, reason: ValueError) -> DecoderConfig:
             architecture,
             reason,
         )
-    num_heads = getattr(text, "num_attention_heads", None) or 1
+    num_heads = _size(text, "num_attention_heads", 1)
     eos = text.eos_token_id
     generation = folder / GENERATION_FILE
     return DecoderConfig(
         family=FAMILY,
         vocab_size=text.vocab_size,
         hidden_size=text.hidden_size,
-        intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        intermediate_size=_size(text, "intermediate_size", 4 * text.hidden_size),
         num_layers=text.num_hidden_layers,
         num_heads=num_heads,
         num_kv_heads=num_heads,
-        head_dim=getattr(text, "head_dim", None) or max(1, text.hidden_size // num_heads),
+        head_dim=_size(text, "head_dim", max(1, text.hidden_size // num_heads)),
         max_positions=_first(text, _POSITION_KEYS) or _UNBOUNDED,
         rope=None,
         tie_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
         final_softcap=_first(text, _SOFTCAP_KEYS),
         bos_token_id=text.bos_token_id,
-        eos_token_id=eos[0] if isinstance(eos, list | tuple) else eos,
+        eos_token_id=next(iter(eos), None) if isinstance(eos, list | tuple) else eos,
         pad_token_id=text.pad_token_id,
         generation=read_json(generation) if generation.exists() else {},
     )
@@ -125,6 +125,12 @@ def _first(text: Any, keys: Sequence[str]) -> Any:
     return next((value for key in keys if (value := getattr(text, key, None))), None)
 
 
+def _size(text: Any, key: str, default: int) -> int:
+    """One number; the default where the key is unset, or says one for each layer."""
+    value = getattr(text, key, None)
+    return value if isinstance(value, int) and value > 0 else default
+
+
 def _switch_length(text: Any) -> int | None:
     """Tokens past which longrope gives a sequence other frequencies."""
     ropes = getattr(text, "rope_parameters", None) or {}
@@ -157,6 +163,8 @@ def load_language_model(
 
     whole = _load(AutoModelForCausalLM, folder, stored, device, dtype)
     head = whole.get_output_embeddings()
+    if head is None or whole.base_model is whole:
+        raise ValueError(f"{type(whole).__name__} does not tell its trunk from its head")
     trunk = _trunk(config, whole.base_model)
     _check_parameters(whole, head, trunk)
     weight = head.weight
@@ -265,10 +273,14 @@ def _load(
             trust_remote_code=False,
             use_safetensors=True,
             local_files_only=True,
+            ignore_mismatched_sizes=True,  # they are in the report, and refused
             output_loading_info=True,
         )
     missing = sorted(report["missing_keys"])
-    _refuse(folder, [f"{key} is missing" for key in missing if key not in kept])
+    problems = [f"{key} is missing" for key in missing if key not in kept]
+    for key, found, wanted in sorted(report["mismatched_keys"]):
+        problems.append(f"{key} has shape {tuple(found)}, but config.json makes it {tuple(wanted)}")
+    _refuse(folder, problems)
     for name in missing:  # a reward model's folder, which keeps it apart
         with torch.no_grad():
             module.get_parameter(name).copy_(_read(stored[name]))
