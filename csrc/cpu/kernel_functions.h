@@ -4,8 +4,10 @@
 #include <string>
 
 #include "advantages.h"
+#include "glu.h"
 #include "losses.h"
 #include "norms.h"
+#include "rotary.h"
 #include "sampling.h"
 #include "token_logprobs.h"
 
@@ -22,6 +24,8 @@ struct KernelFunctions {
     LossFunctions losses;
     NormFunctions norms;
     SamplingFunctions sampling;
+    RotaryFunctions rotary;
+    GluFunctions glu;
 };
 
 extern const KernelFunctions baseline_functions;
