@@ -351,12 +351,12 @@ class BenchConfig:
 
     op: str
     """Also without the flag: token_logprobs, linear_token_logprobs, linear_policy_loss, gae,
-    rewards_to_advantages, masked_whiten, kl_penalty, policy_loss, ppo_loss, pairwise_loss or
-    sample_tokens."""
+    rewards_to_advantages, masked_whiten, kl_penalty, policy_loss, ppo_loss, pairwise_loss,
+    sample_tokens, rms_norm or layer_norm."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a CUDA device if there is one."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the inputs. auto: fp32, but on a GPU bf16 for logits, hidden and weight."""
+    """Of the inputs. auto: fp32, but on a GPU bf16 for logits, hidden states and weights."""
     num_rows: int | None = None
     """Tokens, sampled rows or pairs, N. Defaults of the sizes: those of the op and device."""
     num_sequences: int | None = None
@@ -376,6 +376,8 @@ class BenchConfig:
     with_metrics: bool = False
     """policy_loss, ppo_loss: rivals too make approximate KL, clip fractions and mean ratio, which
     ours always makes."""
+    with_residual: bool = False
+    """rms_norm, layer_norm: of the sum of two tensors, which is returned too."""
     temperature: float | None = None
     """Of sample_tokens. Default: 0.8."""
     top_p: float | None = None

@@ -31,6 +31,7 @@ class Case:
     with_entropy: bool = False
     inplace_grad: bool = False
     with_metrics: bool = False
+    with_residual: bool = False
     temperature: float = 1.0
     top_p: float = 1.0
     cuda_graph: bool = False
@@ -56,6 +57,7 @@ class Case:
             "with entropy": self.with_entropy,
             "in-place gradient": self.inplace_grad,
             "with metrics": self.with_metrics,
+            "with residual": self.with_residual,
             f"temperature {self.temperature:g}": self.temperature != 1,
             f"top-p {self.top_p:g}": self.top_p != 1,
             "graph replay": self.cuda_graph,

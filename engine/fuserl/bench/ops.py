@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import fuserl_kernels as fk
-from fuserl.bench import rivals, sampling, token_problems, token_rivals
+from fuserl.bench import norms, rivals, sampling, token_problems, token_rivals
 from fuserl.bench.case import PASSES, Case, Cost, linear_cost, rows_cost
 from fuserl.bench.problem import (
     CLIP_RANGE,
@@ -214,6 +214,10 @@ _LINEAR = {
     "cpu": Sizes(num_rows=512, vocab_size=32000, hidden_size=1024),
     "cuda": Sizes(num_rows=8192, vocab_size=128256, hidden_size=4096),
 }
+_LAYER = {
+    "cpu": Sizes(num_rows=2048, hidden_size=2048),
+    "cuda": Sizes(num_rows=8192, hidden_size=4096),
+}
 _TOKENS = Sizes(num_sequences=512, num_slots=1024)
 _ON_TOKENS: dict[str, Any] = {
     "defaults": {"cpu": _TOKENS, "cuda": _TOKENS},
@@ -371,6 +375,31 @@ OPS: dict[str, Op] = {
         passes=("forward",),
         has_gradient=False,
         options={"temperature": 0.8, "top_p": 0.95},
+    ),
+    "rms_norm": Op(
+        problem=norms.norm_problem,
+        cost=norms.norm_cost,
+        ours=norms.ours,
+        rivals={
+            BASELINE: norms.torch_norm,
+            "torch-compile": token_rivals.compiled(norms.torch_norm),
+            "transformers": norms.transformers_rms,
+            "liger": norms.liger_norm,
+        },
+        defaults=_LAYER,
+        options={"with_residual": False},
+    ),
+    "layer_norm": Op(
+        problem=norms.norm_problem,
+        cost=norms.norm_cost,
+        ours=norms.ours,
+        rivals={
+            BASELINE: norms.torch_norm,
+            "torch-compile": token_rivals.compiled(norms.torch_norm),
+            "liger": norms.liger_norm,
+        },
+        defaults=_LAYER,
+        options={"with_residual": False},
     ),
 }
 
