@@ -352,7 +352,7 @@ class BenchConfig:
     op: str
     """Also without the flag: token_logprobs, linear_token_logprobs, linear_policy_loss, gae,
     rewards_to_advantages, masked_whiten, kl_penalty, policy_loss, ppo_loss, pairwise_loss,
-    sample_tokens, rms_norm or layer_norm."""
+    sample_tokens, rms_norm, layer_norm, rotary, rotary_kv_write or glu."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a CUDA device if there is one."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

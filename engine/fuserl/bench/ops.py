@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import fuserl_kernels as fk
-from fuserl.bench import norms, rivals, sampling, token_problems, token_rivals
+from fuserl.bench import glu, norms, rivals, rotary, sampling, token_problems, token_rivals
 from fuserl.bench.case import PASSES, Case, Cost, linear_cost, rows_cost
 from fuserl.bench.problem import (
     CLIP_RANGE,
@@ -400,6 +400,50 @@ OPS: dict[str, Op] = {
         },
         defaults=_LAYER,
         options={"with_residual": False},
+    ),
+    "rotary": Op(
+        problem=rotary.rotary_problem,
+        cost=rotary.rotary_cost,
+        ours=rotary.rotary_ours,
+        rivals={
+            BASELINE: rotary.rotary_eager,
+            "torch-compile": token_rivals.compiled(rotary.rotary_eager),
+            "transformers": rotary.rotary_transformers,
+        },
+        defaults={
+            "cpu": Sizes(num_rows=512, hidden_size=1024),
+            "cuda": Sizes(num_rows=8192, hidden_size=4096),
+        },
+    ),
+    "rotary_kv_write": Op(
+        problem=rotary.rotary_kv_write_problem,
+        cost=rotary.rotary_cost,
+        ours=rotary.rotary_kv_write_ours,
+        rivals={
+            BASELINE: rotary.rotary_kv_write_eager,
+            "torch-compile": token_rivals.compiled(rotary.rotary_kv_write_eager),
+        },
+        defaults={
+            "cpu": Sizes(num_rows=64, hidden_size=1024),
+            "cuda": Sizes(num_rows=256, hidden_size=4096),
+        },
+        passes=("forward",),
+        has_gradient=False,
+    ),
+    "glu": Op(
+        problem=glu.glu_problem,
+        cost=glu.glu_cost,
+        ours=glu.glu_ours,
+        rivals={
+            BASELINE: glu.glu_eager,
+            "torch-compile": token_rivals.compiled(glu.glu_eager),
+            "transformers": glu.glu_transformers,
+            "liger": glu.glu_liger,
+        },
+        defaults={
+            "cpu": Sizes(num_rows=512, hidden_size=1536),
+            "cuda": Sizes(num_rows=8192, hidden_size=14336),
+        },
     ),
 }
 
