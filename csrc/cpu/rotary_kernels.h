@@ -11,6 +11,15 @@ FUSERL_INLINE Floats first_lanes(Floats x, std::int64_t count) {
     return x;
 }
 
+// Call visit(i, count) on vectors that cover [0, size): whole ones, whose count the compiler knows,
+// and perhaps part of one.
+template <typename Visit>
+FUSERL_INLINE void each_vector_of(std::int64_t size, const Visit& visit) {
+    std::int64_t i = 0;
+    for (; i + Simd::kWidth <= size; i += Simd::kWidth) visit(i, Simd::kWidth);
+    if (i < size) visit(i, size - i);
+}
+
 // Neighbouring lanes exchanged.
 FUSERL_INLINE Floats swapped(Floats x) {
     using Pairs = typename Vector<std::uint64_t, Simd::kWidth / 2>::type;
@@ -31,16 +40,18 @@ class Angles {
         if (half_ == 0) return;
         const float* cos = tables.cos + tables.positions[token] * tables.cos_stride;
         const float* sin = tables.sin + tables.positions[token] * tables.sin_stride;
-        for (std::int64_t i = 0; i < half_; ++i) {
-            if (interleaved_) {
+        if (interleaved_) {
+            for (std::int64_t i = 0; i < half_; ++i) {
                 cos_[2 * i] = cos_[2 * i + 1] = cos[i];
                 sin_[2 * i] = -direction * sin[i];
                 sin_[2 * i + 1] = direction * sin[i];
-            } else {
-                cos_[i] = cos[i];
-                sin_[i] = direction * sin[i];
             }
+            return;
         }
+        each_vector_of(half_, [&](std::int64_t i, std::int64_t count) FUSERL_LAMBDA {
+            Simd::store(cos_ + i, Simd::load_some(cos + i, count));
+            Simd::store(sin_ + i, Simd::load_some(sin + i, count) * direction);
+        });
     }
 
     // Turn the head x(column, count) of `size` elements: its first 2 * half, and copy the others.
@@ -50,30 +61,30 @@ class Angles {
             turn_neighbours(x, target);
         else
             turn_halves(x, target);
-        for (std::int64_t i = 2 * half_; i < size; i += Simd::kWidth)
-            Simd::store_some(target + i, x(i, size - i), size - i);
+        const std::int64_t turned = 2 * half_;
+        each_vector_of(size - turned, [&](std::int64_t i, std::int64_t count) FUSERL_LAMBDA {
+            Simd::store_some(target + turned + i, x(turned + i, count), count);
+        });
     }
 
    private:
     template <typename Head, typename U>
     FUSERL_INLINE void turn_halves(const Head& x, U* target) const {
-        for (std::int64_t i = 0; i < half_; i += Simd::kWidth) {
-            const std::int64_t count = half_ - i;
+        each_vector_of(half_, [&](std::int64_t i, std::int64_t count) FUSERL_LAMBDA {
             const Floats first = x(i, count), second = x(half_ + i, count);
             const Floats c = Simd::load(cos_ + i), s = Simd::load(sin_ + i);
             Simd::store_some(target + i, first * c - second * s, count);
             Simd::store_some(target + half_ + i, second * c + first * s, count);
-        }
+        });
     }
 
     template <typename Head, typename U>
     FUSERL_INLINE void turn_neighbours(const Head& x, U* target) const {
-        for (std::int64_t i = 0; i < 2 * half_; i += Simd::kWidth) {
-            const std::int64_t count = 2 * half_ - i;
+        each_vector_of(2 * half_, [&](std::int64_t i, std::int64_t count) FUSERL_LAMBDA {
             const Floats own = x(i, count);
             const Floats c = Simd::load(cos_ + i), s = Simd::load(sin_ + i);
             Simd::store_some(target + i, own * c + swapped(own) * s, count);
-        }
+        });
     }
 
     std::int64_t half_;
@@ -107,18 +118,19 @@ struct NormedHead {
 template <typename T>
 FUSERL_INLINE float inverse_rms(const T* row, std::int64_t size, double eps) {
     Floats squares{};
-    for (std::int64_t i = 0; i < size; i += Simd::kWidth) {
-        const Floats x = first_lanes(Simd::load_some(row + i, size - i), size - i);
+    each_vector_of(size, [&](std::int64_t i, std::int64_t count) FUSERL_LAMBDA {
+        const Floats x = first_lanes(Simd::load_some(row + i, count), count);
         squares += x * x;
-    }
+    });
     return static_cast<float>(1.0 / std::sqrt(Simd::lane_sum(squares) / size + eps));
 }
 
 // offset + weights as float32, zero past the last one to the end of a vector.
 template <typename T>
 void widen_weights(const T* weights, std::int64_t size, float offset, float* out) {
-    for (std::int64_t i = 0; i < size; i += Simd::kWidth)
-        Simd::store(out + i, first_lanes(offset + Simd::load_some(weights + i, size - i), size - i));
+    each_vector_of(size, [&](std::int64_t i, std::int64_t count) FUSERL_LAMBDA {
+        Simd::store(out + i, first_lanes(offset + Simd::load_some(weights + i, count), count));
+    });
 }
 
 // offset + weight of the query and of the key heads' norm, float32.
@@ -192,20 +204,18 @@ FUSERL_INLINE void norm_gradient(const T* x, const float* grad, const float* wei
                                  std::int64_t size, double eps, T* out, float* grad_weights) {
     const float scale = inverse_rms(x, size, eps);
     Floats products{};
-    for (std::int64_t i = 0; i < size; i += Simd::kWidth) {
-        const std::int64_t count = size - i;
+    each_vector_of(size, [&](std::int64_t i, std::int64_t count) FUSERL_LAMBDA {
         const Floats n = Simd::load_some(x + i, count) * scale, g = Simd::load(grad + i);
         const Floats share = first_lanes(n * g, count);
         products += share * Simd::load(weights + i);
         Simd::store(grad_weights + i, Simd::load(grad_weights + i) + share);
-    }
+    });
     const float mean = static_cast<float>(Simd::lane_sum(products) / size);
-    for (std::int64_t i = 0; i < size; i += Simd::kWidth) {
-        const std::int64_t count = size - i;
+    each_vector_of(size, [&](std::int64_t i, std::int64_t count) FUSERL_LAMBDA {
         const Floats n = Simd::load_some(x + i, count) * scale;
         const Floats g = Simd::load(grad + i) * Simd::load(weights + i);
         Simd::store_some(out + i, (g - n * mean) * scale, count);
-    }
+    });
 }
 
 template <typename T>
