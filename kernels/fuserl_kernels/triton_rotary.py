@@ -6,6 +6,7 @@ rotary_dim work. A position outside the tables turns its heads to NaN, and a key
 or offset is outside the caches goes nowhere: the device is never asked before a launch.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -366,6 +367,7 @@ def _power_of_two(x: int) -> int:
     return 1 << (x - 1).bit_length()
 
 
+@functools.cache
 def configuration(
     head_dim: int, num_heads: int, block_elements: int = BLOCK_ELEMENTS
 ) -> Configuration:
