@@ -21,6 +21,7 @@ T* at(Address address) {
 }
 
 void bind_advantages(py::module_& module);
+void bind_decode_attention(py::module_& module);
 void bind_glu(py::module_& module);
 void bind_losses(py::module_& module);
 void bind_norms(py::module_& module);

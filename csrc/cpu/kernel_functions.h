@@ -4,6 +4,7 @@
 #include <string>
 
 #include "advantages.h"
+#include "decode_attention.h"
 #include "glu.h"
 #include "losses.h"
 #include "norms.h"
@@ -26,6 +27,7 @@ struct KernelFunctions {
     SamplingFunctions sampling;
     RotaryFunctions rotary;
     GluFunctions glu;
+    AttentionFunctions attention;
 };
 
 extern const KernelFunctions baseline_functions;

@@ -7,6 +7,7 @@ use_backend).
 
 from fuserl_kernels.advantages import discounted_returns, gae, rewards_to_advantages
 from fuserl_kernels.backend import use_backend
+from fuserl_kernels.decode_attention import decode_attention
 from fuserl_kernels.glu import glu
 from fuserl_kernels.linear_policy_loss import linear_policy_loss
 from fuserl_kernels.linear_token_logprobs import linear_token_logprobs
@@ -24,6 +25,7 @@ from fuserl_kernels.whitening import masked_moments, masked_whiten
 
 __all__ = [
     "PRESETS",
+    "decode_attention",
     "discounted_returns",
     "gae",
     "glu",
