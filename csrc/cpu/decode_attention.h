@@ -14,7 +14,7 @@
 namespace fuserl {
 
 constexpr std::int64_t kSplit = 256;        // keys
-constexpr std::int64_t kMaxHeadDim = 256;   // columns
+constexpr std::int64_t kAttentionColumns = 256;  // of a head, at most
 constexpr std::int64_t kQueryChunk = 16;    // queries that a split is walked for at once
 constexpr std::int64_t kRecordHeader = 16;  // floats before the columns of a record: see Record
 
@@ -85,10 +85,10 @@ struct PrefixUnit {
 
 // Room for the queries that a thread works on.
 struct AttentionScratch {
-    alignas(64) float queries[kQueryChunk * kMaxHeadDim];
+    alignas(64) float queries[kQueryChunk * kAttentionColumns];
     alignas(64) float scores[kQueryChunk * kSplit];
-    alignas(64) float parts[kQueryChunk * record_size(kMaxHeadDim)];
-    alignas(64) float states[kQueryChunk * record_size(kMaxHeadDim)];
+    alignas(64) float parts[kQueryChunk * record_size(kAttentionColumns)];
+    alignas(64) float states[kQueryChunk * record_size(kAttentionColumns)];
 };
 
 // What instruction sets have versions of. `states` are records [num_rows, num_heads] of what the

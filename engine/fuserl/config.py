@@ -352,7 +352,7 @@ class BenchConfig:
     op: str
     """Also without the flag: token_logprobs, linear_token_logprobs, linear_policy_loss, gae,
     rewards_to_advantages, masked_whiten, kl_penalty, policy_loss, ppo_loss, pairwise_loss,
-    sample_tokens, rms_norm, layer_norm, rotary, rotary_kv_write or glu."""
+    sample_tokens, rms_norm, layer_norm, rotary, rotary_kv_write, glu or decode_attention."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a CUDA device if there is one."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -367,6 +367,14 @@ class BenchConfig:
     """D."""
     vocab_size: int | None = None
     """V."""
+    num_heads: int | None = None
+    """Of queries."""
+    num_kv_heads: int | None = None
+    """Of keys and values."""
+    head_dim: int | None = None
+    """Columns of a head."""
+    num_tokens: int | None = None
+    """Of a cached row, at most; rows use half to all of them."""
     passes: Literal["all", "forward", "forward_backward"] = "all"
     """all: both, but for a loss forward and backward only."""
     with_entropy: bool = False
@@ -400,7 +408,8 @@ class BenchConfig:
     def __post_init__(self) -> None:
         _refuse_unknown_choices(self)
         _require_positive(self, "rounds", "budget_seconds")
-        sizes = ("num_rows", "num_sequences", "num_slots", "hidden_size", "vocab_size")
+        sizes = "num_rows num_sequences num_slots hidden_size vocab_size".split()
+        sizes += "num_heads num_kv_heads head_dim num_tokens".split()
         for name in (*sizes, "threads", "temperature", "top_p"):
             if getattr(self, name) is not None:
                 _require_positive(self, name)

@@ -36,6 +36,7 @@ REFERENCE = "fuserl-reference"
 
 
 TINY = {"num_rows": 12, "vocab_size": 37, "hidden_size": 5, "num_sequences": 7, "num_slots": 9}
+TINY |= {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "num_tokens": 11}
 
 
 def tiny_sizes(op: str) -> dict[str, int]:

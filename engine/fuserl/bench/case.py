@@ -28,6 +28,11 @@ class Case:
     """B of an op on [B, T]."""
     num_slots: int = 0
     """T of an op on [B, T]."""
+    num_heads: int = 0
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    num_tokens: int = 0
+    """Capacity of a cache."""
     with_entropy: bool = False
     inplace_grad: bool = False
     with_metrics: bool = False
@@ -52,6 +57,10 @@ class Case:
             "T": self.num_slots,
             "D": self.hidden_size,
             "V": self.vocab_size,
+            "heads": self.num_heads,
+            "kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "tokens": self.num_tokens,
         }
         extras = {
             "with entropy": self.with_entropy,

@@ -11,7 +11,16 @@ from typing import Any
 import torch
 
 import fuserl_kernels as fk
-from fuserl.bench import glu, norms, rivals, rotary, sampling, token_problems, token_rivals
+from fuserl.bench import (
+    attention,
+    glu,
+    norms,
+    rivals,
+    rotary,
+    sampling,
+    token_problems,
+    token_rivals,
+)
 from fuserl.bench.case import PASSES, Case, Cost, linear_cost, rows_cost
 from fuserl.bench.problem import (
     CLIP_RANGE,
@@ -49,6 +58,10 @@ class Sizes:
     hidden_size: int = 0
     num_sequences: int = 0
     num_slots: int = 0
+    num_heads: int = 0
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    num_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -426,6 +439,24 @@ OPS: dict[str, Op] = {
         defaults={
             "cpu": Sizes(num_rows=64, hidden_size=1024),
             "cuda": Sizes(num_rows=256, hidden_size=4096),
+        },
+        passes=("forward",),
+        has_gradient=False,
+    ),
+    "decode_attention": Op(
+        problem=attention.attention_problem,
+        cost=attention.attention_cost,
+        ours=attention.ours,
+        rivals={
+            BASELINE: attention.sdpa,
+            "torch-eager": attention.eager,
+            "torch-compile": token_rivals.compiled(attention.sdpa),
+        },
+        defaults={
+            "cpu": Sizes(num_rows=32, num_heads=8, num_kv_heads=2, head_dim=64, num_tokens=512),
+            "cuda": Sizes(
+                num_rows=256, num_heads=32, num_kv_heads=8, head_dim=128, num_tokens=2048
+            ),
         },
         passes=("forward",),
         has_gradient=False,
