@@ -427,13 +427,13 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
 def slot_configuration(item_bytes: int, block_d: int) -> Configuration:
     """One for each shape: another would give other bits."""
     if item_bytes == 4:
-        return Configuration(4, 1, {"BLOCK_N": 16})
+        return Configuration(4, 1, {"BLOCK_N": 32 if block_d <= 128 else 16})
     return Configuration(4, 2, {"BLOCK_N": 64 if block_d <= 128 else 32})
 
 
 def prefix_configuration(item_bytes: int, block_d: int) -> Configuration:
     if item_bytes == 4:
-        return slot_configuration(item_bytes, block_d)
+        return Configuration(4, 1, {"BLOCK_N": 16})
     return Configuration(4 if block_d <= 128 else 8, 2, {"BLOCK_N": 64 if block_d <= 128 else 32})
 
 
