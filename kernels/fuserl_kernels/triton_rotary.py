@@ -68,7 +68,7 @@ def _turned_heads(  # type: ignore[no-untyped-def]
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    heads = first_head + tl.arange(0, BLOCK_H)[:, None]
+    heads = (first_head + tl.arange(0, BLOCK_H))[:, None].to(tl.int64)
     cols = tl.arange(0, BLOCK_D)[None, :]
     inside = (heads < num_heads) & (cols < head_dim)
     head_ptr = source_ptr + heads * head_dim
@@ -107,7 +107,7 @@ def _copied_heads(  # type: ignore[no-untyped-def]
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    heads = first_head + tl.arange(0, BLOCK_H)[:, None]
+    heads = (first_head + tl.arange(0, BLOCK_H))[:, None].to(tl.int64)
     cols = tl.arange(0, BLOCK_D)[None, :]
     inside = (heads < num_heads) & (cols < head_dim)
     x = tl.load(source_ptr + heads * source_head_stride + cols, mask=inside)
@@ -220,7 +220,7 @@ def _turned_back(  # type: ignore[no-untyped-def]
 ):
     """Stores the gradient of a block of heads of some tokens; returns [BLOCK_D], their share of the
     gradient of the norm's weight."""
-    heads = first_head + tl.arange(0, BLOCK_H)[:, None]
+    heads = (first_head + tl.arange(0, BLOCK_H))[:, None].to(tl.int64)
     cols = tl.arange(0, BLOCK_D)[None, :]
     inside = (heads < num_heads) & (cols < head_dim)
     partners, pairs, sign = _partners(cols, rotary_dim, INTERLEAVED)

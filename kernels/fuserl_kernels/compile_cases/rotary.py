@@ -50,7 +50,7 @@ def _case(
         kernel,
         rotary.configuration(head_dim, _NUM_HEADS, block_elements),
         arguments_of(kernel, _TYPES | tensors | given),
-        12 if given.get("head_dim") else 16,
+        16,
         0,
         passes * num_elements * ITEM_BYTES[dtype],
     )
