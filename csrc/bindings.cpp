@@ -69,7 +69,10 @@ PYBIND11_MODULE(_native, module) {
                "grad_logprobs"_a, "grad_entropy"_a, "out"_a, "out_dtype"_a, "out_stride"_a,
                "out_is_new"_a, "num_threads"_a, Unlocked());
     bind_advantages(module);
+    bind_decode_attention(module);
+    bind_glu(module);
     bind_losses(module);
     bind_norms(module);
+    bind_rotary(module);
     bind_sampling(module);
 }

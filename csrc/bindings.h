@@ -21,6 +21,9 @@ T* at(Address address) {
 }
 
 void bind_advantages(py::module_& module);
+void bind_decode_attention(py::module_& module);
+void bind_glu(py::module_& module);
 void bind_losses(py::module_& module);
 void bind_norms(py::module_& module);
+void bind_rotary(py::module_& module);
 void bind_sampling(py::module_& module);

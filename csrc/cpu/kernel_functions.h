@@ -4,8 +4,11 @@
 #include <string>
 
 #include "advantages.h"
+#include "decode_attention.h"
+#include "glu.h"
 #include "losses.h"
 #include "norms.h"
+#include "rotary.h"
 #include "sampling.h"
 #include "token_logprobs.h"
 
@@ -22,6 +25,9 @@ struct KernelFunctions {
     LossFunctions losses;
     NormFunctions norms;
     SamplingFunctions sampling;
+    RotaryFunctions rotary;
+    GluFunctions glu;
+    AttentionFunctions attention;
 };
 
 extern const KernelFunctions baseline_functions;

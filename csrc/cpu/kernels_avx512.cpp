@@ -124,10 +124,14 @@ struct Simd : GenericSimd<16> {
 #include "loss_kernels.h"
 #include "norm_kernels.h"
 #include "sampling_kernels.h"
+#include "rotary_kernels.h"
+#include "glu_kernels.h"
+#include "decode_attention_kernels.h"
 }  // namespace
 
 const KernelFunctions avx512_functions{"avx512", row_functions, advantage_functions, loss_functions,
-                                       norm_functions, sampling_functions};
+                                       norm_functions, sampling_functions, rotary_functions,
+                                       glu_functions, attention_functions};
 
 }  // namespace fuserl
 

@@ -421,11 +421,12 @@ class BenchConfig:
     op: str
     """Also without the flag: token_logprobs, linear_token_logprobs, linear_policy_loss, gae,
     rewards_to_advantages, masked_whiten, kl_penalty, policy_loss, ppo_loss, pairwise_loss,
-    sample_tokens, lora_linear, training_step or rl_step."""
+    sample_tokens, rms_norm, layer_norm, rotary, rotary_kv_write, glu, decode_attention,
+    lora_linear, training_step or rl_step."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a CUDA device if there is one."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the inputs. auto: fp32, but on a GPU bf16 for logits, hidden and weight."""
+    """Of the inputs. auto: fp32, but on a GPU bf16 for logits, hidden states and weights."""
     num_rows: int | None = None
     """Tokens, sampled rows or pairs, N. Defaults of the sizes: those of the op and device."""
     num_sequences: int | None = None
@@ -436,6 +437,14 @@ class BenchConfig:
     """D."""
     vocab_size: int | None = None
     """V."""
+    num_heads: int | None = None
+    """Of queries."""
+    num_kv_heads: int | None = None
+    """Of keys and values."""
+    head_dim: int | None = None
+    """Columns of a head."""
+    num_tokens: int | None = None
+    """Of a cached row, at most; rows use half to all of them."""
     passes: Literal["all", "forward", "forward_backward"] = "all"
     """all: both, but for a loss forward and backward only."""
     with_entropy: bool = False
@@ -445,6 +454,8 @@ class BenchConfig:
     with_metrics: bool = False
     """policy_loss, ppo_loss: rivals too make approximate KL, clip fractions and mean ratio, which
     ours always makes."""
+    with_residual: bool = False
+    """rms_norm, layer_norm: of the sum of two tensors, which is returned too."""
     temperature: float | None = None
     """Of sample_tokens. Default: 0.8."""
     top_p: float | None = None
@@ -469,7 +480,8 @@ class BenchConfig:
     def __post_init__(self) -> None:
         _refuse_unknown_choices(self)
         _require_positive(self, "rounds", "budget_seconds")
-        sizes = ("num_rows", "num_sequences", "num_slots", "hidden_size", "vocab_size")
+        sizes = "num_rows num_sequences num_slots hidden_size vocab_size".split()
+        sizes += "num_heads num_kv_heads head_dim num_tokens".split()
         for name in (*sizes, "threads", "temperature", "top_p"):
             if getattr(self, name) is not None:
                 _require_positive(self, name)

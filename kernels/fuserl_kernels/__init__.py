@@ -7,6 +7,8 @@ use_backend).
 
 from fuserl_kernels.advantages import discounted_returns, gae, rewards_to_advantages
 from fuserl_kernels.backend import use_backend
+from fuserl_kernels.decode_attention import decode_attention
+from fuserl_kernels.glu import glu
 from fuserl_kernels.linear_policy_loss import linear_policy_loss
 from fuserl_kernels.linear_token_logprobs import linear_token_logprobs
 from fuserl_kernels.norms import layer_norm, rms_norm
@@ -15,6 +17,7 @@ from fuserl_kernels.policy_loss import policy_loss
 from fuserl_kernels.ppo_loss import ppo_loss
 from fuserl_kernels.presets import PRESETS
 from fuserl_kernels.reward_shaping import kl_penalty, shape_rewards
+from fuserl_kernels.rotary import rotary, rotary_kv_write
 from fuserl_kernels.sampling import sample_tokens
 from fuserl_kernels.token_logprobs import token_logprobs
 from fuserl_kernels.value_loss import value_loss
@@ -22,8 +25,10 @@ from fuserl_kernels.whitening import masked_moments, masked_whiten
 
 __all__ = [
     "PRESETS",
+    "decode_attention",
     "discounted_returns",
     "gae",
+    "glu",
     "kl_penalty",
     "layer_norm",
     "linear_policy_loss",
@@ -35,11 +40,11 @@ __all__ = [
     "ppo_loss",
     "rewards_to_advantages",
     "rms_norm",
+    "rotary",
+    "rotary_kv_write",
     "sample_tokens",
     "shape_rewards",
     "token_logprobs",
     "use_backend",
     "value_loss",
 ]
-
-from fuserl_kernels.interim import *  # noqa: E402, F403

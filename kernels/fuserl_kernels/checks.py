@@ -135,6 +135,22 @@ def temperature_data(temperatures: torch.Tensor | None, loss_mask: torch.Tensor 
         raise ValueError(f"temperature must be above 0, found {float(temperatures[bad][0])}")
 
 
+def indices_data(name: str, indices: torch.Tensor, least: int | None, bound: int) -> int | None:
+    """Below `bound`, and at least `least` unless that is None. Returns the lowest; None of none."""
+    if indices.numel() == 0:
+        return None
+    if indices.numel() <= 64:  # cheaper than two reductions
+        numbers = indices.tolist()
+        lowest, highest = min(numbers), max(numbers)
+    else:
+        lowest, highest = (int(end) for end in indices.aminmax())
+    if highest >= bound:
+        raise ValueError(f"{name} must be below {bound}, found {highest}")
+    if least is not None and lowest < least:
+        raise ValueError(f"{name} must be at least {least}, found {lowest}")
+    return lowest
+
+
 def cu_seqlens_shape(cu_seqlens: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     """int32 or int64 [B + 1] beside packed tensors [N]."""
     if cu_seqlens.dtype not in (torch.int32, torch.int64):

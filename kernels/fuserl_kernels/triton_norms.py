@@ -8,6 +8,8 @@ many-th tile of rows; what they sum for weight and bias a second launch adds in 
 programs: a fixed order, on any device.
 """
 
+import functools
+
 import torch
 
 from fuserl_kernels.row_layout import RowLayout, row_layout
@@ -297,6 +299,7 @@ MERGE_CONFIGURATION = Configuration(4, 1, {"BLOCK_P": 32, "BLOCK_D": 32})
 WALK_CONFIGURATION = Configuration(8, 1, {"BLOCK_D": _WALK_BLOCK})
 
 
+@functools.cache
 def whole_configuration(hidden_size: int, tile: int) -> Configuration:
     """For rows held whole: as many as make a tile of so many elements, up to 32."""
     block = triton.next_power_of_2(hidden_size)

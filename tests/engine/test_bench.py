@@ -37,6 +37,7 @@ REFERENCE = "fuserl-reference"
 
 
 TINY = {"num_rows": 12, "vocab_size": 37, "hidden_size": 5, "num_sequences": 7, "num_slots": 9}
+TINY |= {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "num_tokens": 11}
 
 
 def tiny_sizes(op: str) -> dict[str, int]:
@@ -472,7 +473,10 @@ def test_the_gpu_script_takes_each_case_once_and_the_most_wanted_first(gpu_scrip
     assert alone[0].title == (
         "sample_tokens forward N=256 V=128256 bf16 cuda temperature 0.8 top-p 0.95"
     )
-    for case in (*cases, *alone):
+    layer = gpu_script.layer_cases()
+    assert len({case.title for case in layer}) == len(layer)
+    assert layer[0].title == "rms_norm forward N=8192 D=4096 bf16 cuda with residual"
+    for case in (*cases, *alone, *layer):
         given = {name for name in TINY if getattr(case, name)}
         assert given == set(tiny_sizes(case.op)), case.title
     in_both = [case for case in alone if case in cases]

@@ -272,3 +272,24 @@ def test_a_call_that_waits_for_the_device_is_not_captured() -> None:
     waits = Call(problem, lambda *inputs: (inputs[0] * float(inputs[0].sum()),), None)
     with pytest.raises(Unavailable, match="cannot be captured"):
         Replay(waits)
+
+
+# --- inside a decoder layer
+
+
+@pytest.mark.parametrize("op", ["rotary", "rotary_kv_write", "glu"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_decoder_provider_is_right(op: str, dtype: str) -> None:
+    for pass_name in OPS[op].passes:
+        case = Case(
+            op=op, pass_name=pass_name, device="cpu", dtype=dtype, num_rows=5, hidden_size=256
+        )
+        problem = OPS[op].problem(case)
+        chosen = [p for p in providers(op) if p.name != "torch-compile"]
+        assert OPS[op].cost(case).num_bytes > 0
+        for provider in chosen:
+            result, _ = check(problem, provider, None)
+            if result.status != "unavailable":
+                assert result.status == "timed", (provider.name, result.reason)
+                assert result.error is not None
+                assert result.error.value < (1e-5 if dtype == "fp32" else 0.1), provider.name

@@ -317,6 +317,25 @@ def test_only_the_gradients_that_are_wanted(backend):
         assert not ours("rms", x.detach(), weight.detach(), None).requires_grad
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_branch_and_stream_are_not_one_memory(backend):
+    """They are equal, and whoever accumulates into one leaves the other alone."""
+    x, stream = (torch.randn(3, 8, requires_grad=True) for _ in range(2))
+    weight = vector(8, torch.float32)
+    with fk.use_backend(backend):
+        for _ in range(2):
+            y, summed = ours("rms", x, weight, None, stream)
+            (y.square().sum() + summed.sum()).backward()
+        twice = stream.grad.clone()
+        torch.testing.assert_close(x.grad, twice)
+        x.grad.zero_()
+        assert torch.equal(stream.grad, twice)
+        # The same tensor on both sides is twice in the sum.
+        y, summed = ours("rms", x, weight, None, x)
+        (both,) = gradients(summed.sum(), x, None)
+        assert both.eq(2).all()
+
+
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_a_second_derivative_is_refused(kind):
     x, weight = rows_of(2, 4), vector(4)

@@ -28,9 +28,15 @@ class Case:
     """B of an op on [B, T]."""
     num_slots: int = 0
     """T of an op on [B, T]."""
+    num_heads: int = 0
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    num_tokens: int = 0
+    """Capacity of a cache."""
     with_entropy: bool = False
     inplace_grad: bool = False
     with_metrics: bool = False
+    with_residual: bool = False
     temperature: float = 1.0
     top_p: float = 1.0
     cuda_graph: bool = False
@@ -51,11 +57,16 @@ class Case:
             "T": self.num_slots,
             "D": self.hidden_size,
             "V": self.vocab_size,
+            "heads": self.num_heads,
+            "kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "tokens": self.num_tokens,
         }
         extras = {
             "with entropy": self.with_entropy,
             "in-place gradient": self.inplace_grad,
             "with metrics": self.with_metrics,
+            "with residual": self.with_residual,
             f"temperature {self.temperature:g}": self.temperature != 1,
             f"top-p {self.top_p:g}": self.top_p != 1,
             "graph replay": self.cuda_graph,

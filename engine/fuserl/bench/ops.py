@@ -11,7 +11,16 @@ from typing import Any
 import torch
 
 import fuserl_kernels as fk
-from fuserl.bench import rivals, sampling, token_problems, token_rivals
+from fuserl.bench import (
+    attention,
+    glu,
+    norms,
+    rivals,
+    rotary,
+    sampling,
+    token_problems,
+    token_rivals,
+)
 from fuserl.bench.case import PASSES, Case, Cost, linear_cost, rows_cost
 from fuserl.bench.problem import (
     CLIP_RANGE,
@@ -49,6 +58,10 @@ class Sizes:
     hidden_size: int = 0
     num_sequences: int = 0
     num_slots: int = 0
+    num_heads: int = 0
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    num_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,6 +227,10 @@ _LINEAR = {
     "cpu": Sizes(num_rows=512, vocab_size=32000, hidden_size=1024),
     "cuda": Sizes(num_rows=8192, vocab_size=128256, hidden_size=4096),
 }
+_LAYER = {
+    "cpu": Sizes(num_rows=2048, hidden_size=2048),
+    "cuda": Sizes(num_rows=8192, hidden_size=4096),
+}
 _TOKENS = Sizes(num_sequences=512, num_slots=1024)
 _ON_TOKENS: dict[str, Any] = {
     "defaults": {"cpu": _TOKENS, "cuda": _TOKENS},
@@ -371,6 +388,93 @@ OPS: dict[str, Op] = {
         passes=("forward",),
         has_gradient=False,
         options={"temperature": 0.8, "top_p": 0.95},
+    ),
+    "rms_norm": Op(
+        problem=norms.norm_problem,
+        cost=norms.norm_cost,
+        ours=norms.ours,
+        rivals={
+            BASELINE: norms.torch_norm,
+            "torch-compile": token_rivals.compiled(norms.torch_norm),
+            "transformers": norms.transformers_rms,
+            "liger": norms.liger_norm,
+        },
+        defaults=_LAYER,
+        options={"with_residual": False},
+    ),
+    "layer_norm": Op(
+        problem=norms.norm_problem,
+        cost=norms.norm_cost,
+        ours=norms.ours,
+        rivals={
+            BASELINE: norms.torch_norm,
+            "torch-compile": token_rivals.compiled(norms.torch_norm),
+            "liger": norms.liger_norm,
+        },
+        defaults=_LAYER,
+        options={"with_residual": False},
+    ),
+    "rotary": Op(
+        problem=rotary.rotary_problem,
+        cost=rotary.rotary_cost,
+        ours=rotary.rotary_ours,
+        rivals={
+            BASELINE: rotary.rotary_eager,
+            "torch-compile": token_rivals.compiled(rotary.rotary_eager),
+            "transformers": rotary.rotary_transformers,
+        },
+        defaults={
+            "cpu": Sizes(num_rows=512, hidden_size=1024),
+            "cuda": Sizes(num_rows=8192, hidden_size=4096),
+        },
+    ),
+    "rotary_kv_write": Op(
+        problem=rotary.rotary_kv_write_problem,
+        cost=rotary.rotary_cost,
+        ours=rotary.rotary_kv_write_ours,
+        rivals={
+            BASELINE: rotary.rotary_kv_write_eager,
+            "torch-compile": token_rivals.compiled(rotary.rotary_kv_write_eager),
+        },
+        defaults={
+            "cpu": Sizes(num_rows=64, hidden_size=1024),
+            "cuda": Sizes(num_rows=256, hidden_size=4096),
+        },
+        passes=("forward",),
+        has_gradient=False,
+    ),
+    "decode_attention": Op(
+        problem=attention.attention_problem,
+        cost=attention.attention_cost,
+        ours=attention.ours,
+        rivals={
+            BASELINE: attention.sdpa,
+            "torch-eager": attention.eager,
+            "torch-compile": token_rivals.compiled(attention.sdpa),
+        },
+        defaults={
+            "cpu": Sizes(num_rows=32, num_heads=8, num_kv_heads=2, head_dim=64, num_tokens=512),
+            "cuda": Sizes(
+                num_rows=256, num_heads=32, num_kv_heads=8, head_dim=128, num_tokens=2048
+            ),
+        },
+        passes=("forward",),
+        has_gradient=False,
+    ),
+    "glu": Op(
+        problem=glu.glu_problem,
+        cost=glu.glu_cost,
+        ours=glu.glu_ours,
+        rivals={
+            BASELINE: glu.glu_eager,
+            "torch-compile": token_rivals.compiled(glu.glu_eager),
+            "transformers": glu.glu_transformers,
+            "liger": glu.glu_liger,
+        },
+        defaults={
+            "cpu": Sizes(num_rows=512, hidden_size=1536),
+            "cuda": Sizes(num_rows=8192, hidden_size=14336),
+        },
     ),
 }
 

@@ -97,7 +97,8 @@ def _sizes(config: BenchConfig, defaults: Sizes) -> dict[str, Any]:
 def _options(config: BenchConfig, op: Op) -> dict[str, Any]:
     """Those asked for, else the op's. Raises ValueError for one that would do nothing."""
     options = dict(op.options)
-    for name in ("with_entropy", "inplace_grad", "with_metrics", "temperature", "top_p"):
+    flags = ("with_entropy", "inplace_grad", "with_metrics", "with_residual")
+    for name in (*flags, "temperature", "top_p"):
         asked = getattr(config, name)
         if asked is None or asked is False:
             continue
