@@ -33,6 +33,10 @@ _LONGROPE = {
 # name: (model_type, its configuration)
 _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", {**_SIZES}),
+    "llama-dynamic": (  # a family of ours with a switch that it lacks
+        "llama",
+        {**_SIZES, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e3, "factor": 2.0}},
+    ),
     "phi3-longrope": (
         "phi3",
         {**_SIZES, "rope_parameters": _LONGROPE, "original_max_position_embeddings": 14},
@@ -53,6 +57,7 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "mamba",
         {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
     ),
+    "biogpt": ("biogpt", {**_SIZES, "tie_word_embeddings": False}),  # its head: output_projection
 }
 OTHER_NAMES = tuple(_MODELS)
 

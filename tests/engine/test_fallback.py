@@ -207,7 +207,7 @@ def test_keys_nobody_knows_are_kept(folder_of: Folders, tmp_path: Path) -> None:
     assert model.config.eos_token_id == 2
 
 
-@pytest.mark.parametrize("name", ["olmo2", "bloom", "opt", "cohere-scale"])
+@pytest.mark.parametrize("name", ["olmo2", "bloom", "opt", "cohere-scale", "biogpt"])
 def test_a_reward_model_is_one_for_transformers_where_it_has_the_class(
     name: str, folder_of: Folders, tmp_path: Path
 ) -> None:
@@ -335,6 +335,7 @@ def test_converted_tensors_that_do_not_fit_are_refused(folder_of: Folders, tmp_p
     [
         ({"model_type": "never_heard_of"}, r"'never_heard_of'.*transformers .* cannot read it"),
         ({"model_type": "t5", "vocab_size": 40}, "is_encoder_decoder is true"),
+        ({"model_type": "rwkv"}, "divides its own weights"),
         ({"model_type": "clip"}, "reads more than text|no causal language model"),
     ],
 )

@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 _UNBOUNDED = 1 << 20  # positions of an architecture that names no limit (ALiBi, state spaces)
 _SOFTCAP_KEYS = ("final_logit_softcapping", "logits_soft_cap")
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+_UNSOUND = {"rwkv": "its module divides its own weights when it leaves training"}
+_HEADS = ("lm_head.", "score.", "score_hidden.")
 _MAX_PROBLEMS = 6
 _told: set[str] = set()
 
@@ -68,7 +70,7 @@ def read_config(folder: Path, reason: ValueError) -> DecoderConfig:
             reason,
         )
     num_heads = _size(text, "num_attention_heads", 1)
-    eos = text.eos_token_id
+    bos, eos, pad = (getattr(text, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad"))
     generation = folder / GENERATION_FILE
     return DecoderConfig(
         family=FAMILY,
@@ -83,9 +85,9 @@ def read_config(folder: Path, reason: ValueError) -> DecoderConfig:
         rope=None,
         tie_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
         final_softcap=_first(text, _SOFTCAP_KEYS),
-        bos_token_id=text.bos_token_id,
+        bos_token_id=bos,
         eos_token_id=next(iter(eos), None) if isinstance(eos, list | tuple) else eos,
-        pad_token_id=text.pad_token_id,
+        pad_token_id=pad,
         generation=read_json(generation) if generation.exists() else {},
     )
 
@@ -103,6 +105,8 @@ def _source_config(folder: Path, reason: ValueError) -> Any:
         ) from error
     if getattr(source, "is_encoder_decoder", False):
         raise ValueError(f"{reason}; and is_encoder_decoder is true: this engine runs decoders")
+    if source.model_type in _UNSOUND:
+        raise ValueError(f"{reason}; and {_UNSOUND[source.model_type]}")
     if source.get_text_config() is not source:
         raise ValueError(f"{reason}; and it reads more than text, which this engine does not")
     return source
@@ -230,13 +234,27 @@ def load_scalar_model(
         with torch.no_grad():
             parameter.copy_(tensor)
     if not config.tie_embeddings:
-        kept = {"lm_head.weight": "lm_head.weight", "lm_head.bias": "lm_head_bias"}
-        model.kept_lm_head = {
-            ours: _read(stored[name]).to(trunk.dtype, copy=True)
-            for name, ours in kept.items()
-            if name in stored
-        }
+        model.kept_lm_head = _read_language_head(module.config, stored, trunk.dtype)
     return model, head_is_new
+
+
+def _read_language_head(
+    source: Any, stored: Mapping[str, StoredTensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """What a folder holds of a head that is not the embeddings, by its names in LanguageModel."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(source)
+    head = skeleton.get_output_embeddings()
+    name = next(name for name, module in skeleton.named_modules() if module is head)
+    found = {}
+    for kind, ours in (("weight", "lm_head.weight"), ("bias", "lm_head_bias")):
+        for key in (f"{name}.{kind}", f"lm_head.{kind}"):  # a language model's, a reward model's
+            if key in stored:
+                found[ours] = _read(stored[key]).to(dtype, copy=True)
+                break
+    return found
 
 
 def _trunk(config: DecoderConfig, module: nn.Module) -> TransformersTrunk:
@@ -264,7 +282,7 @@ def _load(
     source = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     with torch.device("meta"):
         skeleton = auto.from_config(source)
-    kept = {"lm_head.weight", "lm_head.bias"} & stored.keys()
+    kept = _kept_head(skeleton, stored)
     _check_headers(skeleton, stored, folder, kept)
     with _quiet():  # its report is checked here
         module, report = auto.from_pretrained(
@@ -283,7 +301,7 @@ def _load(
     _refuse(folder, problems)
     for name in missing:  # a reward model's folder, which keeps it apart
         with torch.no_grad():
-            module.get_parameter(name).copy_(_read(stored[name]))
+            module.get_parameter(name).copy_(_read(kept[name]))
     return module.to(device or "cpu")
 
 
@@ -307,8 +325,23 @@ def _stored_dtype(stored: Mapping[str, StoredTensor]) -> torch.dtype | None:
     return FLOAT_DTYPES[max(floats, key=lambda tensor: math.prod(tensor.shape)).dtype]
 
 
+def _kept_head(skeleton: Any, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """What our own file keeps of a language-model head, by the module's names for it: there every
+    head is lm_head."""
+    head = skeleton.get_output_embeddings()
+    name = next((name for name, module in skeleton.named_modules() if module is head), "lm_head")
+    return {
+        f"{name}.{kind}": stored[f"lm_head.{kind}"]
+        for kind in ("weight", "bias")
+        if f"lm_head.{kind}" in stored
+    }
+
+
 def _check_headers(
-    skeleton: nn.Module, stored: Mapping[str, StoredTensor], folder: Path, kept: set[str]
+    skeleton: nn.Module,
+    stored: Mapping[str, StoredTensor],
+    folder: Path,
+    kept: Mapping[str, StoredTensor],
 ) -> None:
     """Compare a module on the meta device with what is stored, as far as names agree: where some
     stored tensors are not the module's, transformers may make the missing ones out of those."""
@@ -323,11 +356,11 @@ def _check_headers(
                 f"{tuple(parameter.shape)}"
             )
     known = {name for names in names_of.values() for name in names}
-    if stored.keys() - kept <= known | {"score.weight", "score.bias"}:
+    if all(name in known or name.startswith(_HEADS) for name in stored):
         problems += [
             f"{names[0]} is missing"
             for names in names_of.values()
-            if not stored.keys() & set(names)
+            if not (stored.keys() | kept.keys()) & set(names)
         ]
     _refuse(folder, problems)
 
