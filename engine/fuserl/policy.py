@@ -163,8 +163,8 @@ def save_folder(
     tokenizer: Tokenizer | None,
     notes: FolderNotes,
 ) -> None:
-    """A model with all that its next stage needs."""
-    save_model(model, folder)
+    """A model with all that its next stage needs, its adapters merged."""
+    save_model(merged(model), folder)
     if tokenizer:
         tokenizer.save(folder)
     write_notes(notes, folder)

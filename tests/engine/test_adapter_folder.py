@@ -18,6 +18,7 @@ from fuserl.model.heads import LanguageModel, ScalarModel
 from fuserl.model.lora import add_lora, find_adapters
 from fuserl.model.packing import Packing
 from fuserl.model.weights import hf_state, load_hf_state
+from fuserl.policy import Policy, load_policy
 
 TARGETS = {
     "llama": ["q_proj", "v_proj", "down_proj"],
@@ -254,6 +255,19 @@ def test_there_must_be_something_to_save(make_model: MakeModel, tmp_path: Path) 
     with pytest.raises(ValueError, match="no place for a head of two layers"):
         save_adapter(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_policy_with_adapters_is_saved_merged(
+    make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    policy = make_policy()
+    add_lora(policy.model, 2, 4.0)
+    stir(policy.model)
+    policy.save(tmp_path)
+    ours, again = policy.logprobs([[5, 6]], [[7, 8]]), load_policy(tmp_path)
+    torch.testing.assert_close(again.logprobs([[5, 6]], [[7, 8]]), ours, rtol=1e-4, atol=1e-5)
+    assert find_adapters(policy.model) != {}
+    assert find_adapters(again.model) == {}
 
 
 def test_only_the_modules_with_adapters_are_named(make_model: MakeModel, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fuserl.checkpoint import Checkpoint
 from fuserl.config import SFTConfig
-from fuserl.model import fallback_folder
+from fuserl.model import fallback_config, fallback_folder
 from fuserl.model.fallback import FAMILY, TransformersTrunk
 from fuserl.model.folder import (
     is_reward_model,
@@ -360,7 +360,7 @@ def test_a_model_that_looks_ahead_is_refused(tmp_path: Path) -> None:
 def test_logits_that_are_no_product_are_refused(
     folder_of: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fallback_folder, "_logit_scale", lambda text: 1.0)
+    monkeypatch.setattr(fallback_folder, "logit_scale", lambda text: 1.0)
     with pytest.raises(ValueError, match="logits of CohereForCausalLM are no product"):
         load_language_model(folder_of("cohere-scale"))
 
@@ -380,7 +380,7 @@ def test_what_only_our_decoder_has_is_refused(folder_of: Folders) -> None:
 def test_it_is_said_once(
     folder_of: Folders, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fallback_folder, "_told", set())
+    monkeypatch.setattr(fallback_config, "_told", set())
     with caplog.at_level(logging.WARNING):
         for name in ("olmo2", "olmo2", "mamba"):
             load_language_model(folder_of(name))

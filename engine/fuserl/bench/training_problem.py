@@ -81,8 +81,8 @@ class StepProblem:
         self.config = MODELS[case.model]
         self.rows = make_rows(case, self.config.vocab_size)
         self.source = make_source(self.config).to(case.device)
-        if case.dtype == "bf16":
-            self.source.bfloat16().float()  # every provider starts from the same numbers
+        if case.dtype == "bf16":  # every provider starts from the same numbers
+            convert(convert(self.source, torch.bfloat16), torch.float32)
 
     def our_model(self, dtype: torch.dtype) -> LanguageModel:
         model = LanguageModel(self.config)
@@ -173,6 +173,13 @@ def make_source(config: DecoderConfig) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         return load("transformers", "LlamaForCausalLM")(llama).train()
+
+
+def convert(model: Any, dtype: torch.dtype) -> Any:
+    """Weights alone, as transformers loads them: `model.to` would round the rotary frequencies."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def gradients_of(model: Any) -> dict[str, Tensor]:

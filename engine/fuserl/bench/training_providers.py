@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fuserl.bench.case import DTYPES
 from fuserl.bench.timing import Timed
-from fuserl.bench.training_problem import Answer, StepProblem, gradients_of, our_gradients
+from fuserl.bench.training_problem import Answer, StepProblem, convert, gradients_of, our_gradients
 from fuserl.config import SFTConfig
 from fuserl.optimizer import Optimizer
 from fuserl.stages.sft import CompletionLoss
@@ -67,7 +67,7 @@ class TransformersStep:
     """LlamaForCausalLM with SDPA on the padded batch, its own loss, torch's fused AdamW."""
 
     def __init__(self, problem: StepProblem, dtype: torch.dtype, autocast: bool = False) -> None:
-        self._model = copy.deepcopy(problem.source).to(dtype)
+        self._model = convert(copy.deepcopy(problem.source), dtype)
         self._batch, self._autocast = problem.padded(), autocast
         self._device = problem.case.device
         self._adamw = torch.optim.AdamW(

@@ -3,17 +3,13 @@
 No code from a folder is run and no pickle read. What a folder has wrong is found in its headers,
 before weights are allocated, where its tensors have the names of the module's parameters; where
 transformers converts them (experts stored one by one), its own report is checked after loading.
-
-A model is used only after it was run on a few tokens: its logits must be a product of its hidden
-states and its head, and its hidden states must not depend on later tokens.
 """
 
 import copy
 import dataclasses
-import logging
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -25,11 +21,11 @@ from torch import Tensor, nn
 from fuserl.model.config import DecoderConfig
 from fuserl.model.config_json import CONFIG_FILE, GENERATION_FILE, generation_to_hf
 from fuserl.model.decoder import Decoder
-from fuserl.model.fallback import FAMILY, TransformersTrunk
-from fuserl.model.fallback_cache import CachedRows
+from fuserl.model.fallback import TransformersTrunk
+from fuserl.model.fallback_config import logit_scale, switch_length
+from fuserl.model.fallback_proof import check_parameters, choose_cache, probe, prove
 from fuserl.model.files import read_json, write_json
 from fuserl.model.heads import HeadKind, LanguageModel, ScalarModel
-from fuserl.model.packing import Packing
 from fuserl.model.stored import (
     FLOAT_DTYPES,
     HEAD_FILE,
@@ -39,116 +35,8 @@ from fuserl.model.stored import (
     write_weights,
 )
 
-logger = logging.getLogger(__name__)
-
-_UNBOUNDED = 1 << 20  # positions of an architecture that names no limit (ALiBi, state spaces)
-_SOFTCAP_KEYS = ("final_logit_softcapping", "logits_soft_cap")
-_POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-_UNSOUND = {"rwkv": "its module divides its own weights when it leaves training"}
 _HEADS = ("lm_head.", "score.", "score_hidden.")
 _MAX_PROBLEMS = 6
-_told: set[str] = set()
-
-
-# config.json
-
-
-def read_config(folder: Path, reason: ValueError) -> DecoderConfig:
-    """The sizes of a model that our decoder lacks, for the reason given, which is said once a
-    process and architecture. Its switches are transformers' business: the config's are not set.
-
-    Raises ValueError where transformers has no such decoder either.
-    """
-    source = _source_config(folder, reason)
-    text = source.get_text_config()
-    architecture = _language_model_class(source, reason).__name__
-    if architecture not in _told:
-        _told.add(architecture)
-        logger.warning(
-            "%s runs through transformers' own module, slower than fuserl's decoder: %s",
-            architecture,
-            reason,
-        )
-    num_heads = _size(text, "num_attention_heads", 1)
-    bos, eos, pad = (getattr(text, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad"))
-    generation = folder / GENERATION_FILE
-    return DecoderConfig(
-        family=FAMILY,
-        vocab_size=text.vocab_size,
-        hidden_size=text.hidden_size,
-        intermediate_size=_size(text, "intermediate_size", 4 * text.hidden_size),
-        num_layers=text.num_hidden_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        head_dim=_size(text, "head_dim", max(1, text.hidden_size // num_heads)),
-        max_positions=_first(text, _POSITION_KEYS) or _UNBOUNDED,
-        rope=None,
-        tie_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
-        final_softcap=_first(text, _SOFTCAP_KEYS),
-        bos_token_id=bos,
-        eos_token_id=next(iter(eos), None) if isinstance(eos, list | tuple) else eos,
-        pad_token_id=pad,
-        generation=read_json(generation) if generation.exists() else {},
-    )
-
-
-def _source_config(folder: Path, reason: ValueError) -> Any:
-    import transformers
-
-    try:
-        source = transformers.AutoConfig.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        )
-    except Exception as error:  # strict dataclasses raise a kind of their own
-        raise ValueError(
-            f"{reason}; transformers {transformers.__version__} cannot read it either: {error}"
-        ) from error
-    if getattr(source, "is_encoder_decoder", False):
-        raise ValueError(f"{reason}; and is_encoder_decoder is true: this engine runs decoders")
-    if source.model_type in _UNSOUND:
-        raise ValueError(f"{reason}; and {_UNSOUND[source.model_type]}")
-    if source.get_text_config() is not source:
-        raise ValueError(f"{reason}; and it reads more than text, which this engine does not")
-    return source
-
-
-def _language_model_class(source: Any, reason: ValueError) -> Any:
-    import transformers
-
-    try:
-        return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(source)]
-    except KeyError:
-        raise ValueError(
-            f"{reason}; and transformers {transformers.__version__} has no causal language model "
-            f"of model_type {source.model_type!r}"
-        ) from None
-
-
-def _first(text: Any, keys: Sequence[str]) -> Any:
-    """What the first of these keys that is set says; None where none is."""
-    return next((value for key in keys if (value := getattr(text, key, None))), None)
-
-
-def _size(text: Any, key: str, default: int) -> int:
-    """One number; the default where the key is unset, or says one for each layer."""
-    value = getattr(text, key, None)
-    return value if isinstance(value, int) and value > 0 else default
-
-
-def _switch_length(text: Any) -> int | None:
-    """Tokens past which longrope gives a sequence other frequencies."""
-    ropes = getattr(text, "rope_parameters", None) or {}
-    for rope in (ropes, *(value for value in ropes.values() if isinstance(value, dict))):
-        if rope.get("rope_type") == "longrope":
-            trained = rope.get("original_max_position_embeddings")
-            return int(trained or text.original_max_position_embeddings)
-    return None
-
-
-def _logit_scale(text: Any) -> float:
-    """Cohere multiplies its logits, Granite divides them."""
-    scale = getattr(text, "logit_scale", None) or 1.0
-    return float(scale / (getattr(text, "logits_scaling", None) or 1.0))
 
 
 # Weights in
@@ -170,7 +58,7 @@ def load_language_model(
     if head is None or whole.base_model is whole:
         raise ValueError(f"{type(whole).__name__} does not tell its trunk from its head")
     trunk = _trunk(config, whole.base_model)
-    _check_parameters(whole, head, trunk)
+    check_parameters(whole, head, trunk)
     weight = head.weight
     trunk.config = dataclasses.replace(
         config,
@@ -185,8 +73,8 @@ def load_language_model(
         model.lm_head.weight = weight
     if trunk.config.head_bias:
         model.lm_head_bias = head.bias
-    _prove(model, whole)
-    _choose_cache(trunk)
+    prove(model, whole)
+    choose_cache(trunk)
     return model
 
 
@@ -205,8 +93,8 @@ def load_scalar_model(
 
     module = _load(AutoModel, folder, stored, device, dtype)
     trunk = _trunk(config, module)
-    trunk.config = dataclasses.replace(config, hidden_size=_probe(trunk).shape[-1])
-    _check_parameters(module, None, trunk)
+    trunk.config = dataclasses.replace(config, hidden_size=probe(trunk).shape[-1])
+    check_parameters(module, None, trunk)
     score = {
         name: _read(stored[name])
         for name in ("score.weight", "score.bias", "score_hidden.weight", "score_hidden.bias")
@@ -222,7 +110,9 @@ def load_scalar_model(
     if not head_is_new:
         head = "mlp" if "score_hidden.weight" in score else "linear"
     model = ScalarModel(trunk.config, head, cast(Decoder, trunk))
-    model.to(device=trunk.device, dtype=trunk.dtype)
+    for part in (model.score, model.score_hidden):  # the trunk may hold wider parameters
+        if part is not None:
+            part.to(device=trunk.device, dtype=trunk.dtype)
     model.initialize_head(head_seed)
     for name, tensor in score.items():
         parameter = model.get_parameter(name)
@@ -260,7 +150,7 @@ def _read_language_head(
 def _trunk(config: DecoderConfig, module: nn.Module) -> TransformersTrunk:
     source: Any = module.config
     return TransformersTrunk(
-        config, module, scale=_logit_scale(source), switch_length=_switch_length(source)
+        config, module, scale=logit_scale(source), switch_length=switch_length(source)
     )
 
 
@@ -400,13 +290,13 @@ def save_model(
         stored = read_headers(scratch)
         sizes = {name: _read(tensor).nbytes for name, tensor in stored.items()}
         write_weights(folder, sizes, lambda name: _read(stored[name]), max_shard_bytes)
-        if own:
+        if isinstance(model, ScalarModel):
             tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in own.items()}
             write_tensors(folder / HEAD_FILE, tensors)
         else:
             (folder / HEAD_FILE).unlink(missing_ok=True)
         generation = generation_to_hf(model.config)
-        if generation and not own:
+        if generation and isinstance(model, LanguageModel):
             write_json(folder / GENERATION_FILE, generation)
         else:
             (folder / GENERATION_FILE).unlink(missing_ok=True)
@@ -419,13 +309,15 @@ def save_model(
 
 
 def _state(whole: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Tensors of another dtype are shared as they were: transformers leaves out what is tied."""
+    """In another dtype too, one tensor under two names stays one: transformers finds tied ones by
+    that, and leaves the second out."""
     made: dict[int, Tensor] = {}
     state = {}
     for name, tensor in whole.state_dict(keep_vars=True).items():
         if id(tensor) not in made:
-            is_float = tensor.is_floating_point()
-            made[id(tensor)] = tensor.detach().to(dtype) if is_float else tensor.detach()
+            made[id(tensor)] = tensor.detach().to(
+                "cpu", dtype if tensor.is_floating_point() else None
+            )
         state[name] = made[id(tensor)]
     return state
 
@@ -469,89 +361,3 @@ def _under_scalar_head(model: ScalarModel) -> tuple[Any, dict[str, Tensor]]:
     whole.score.weight = model.score.weight
     del own["score.weight"]
     return whole, own
-
-
-# Proofs
-
-
-def _check_parameters(whole: nn.Module, head: nn.Module | None, trunk: TransformersTrunk) -> None:
-    """Refuse what checkpoints and heads could not hold."""
-    name = type(whole).__name__
-    of_trunk = [parameter for _, parameter in trunk.named_parameters(remove_duplicate=False)]
-    if len({id(parameter) for parameter in of_trunk}) != len(of_trunk):
-        raise ValueError(f"{name} shares weights between its layers, which is not supported")
-    known = {id(parameter) for parameter in of_trunk}
-    known |= {id(parameter) for parameter in (head.parameters() if head is not None else ())}
-    if other := [key for key, parameter in whole.named_parameters() if id(parameter) not in known]:
-        raise ValueError(f"{name} has {other[0]}, which is neither in its trunk nor in its head")
-
-
-def _tokens(trunk: TransformersTrunk) -> Tensor:
-    """A few token ids, [2, S]."""
-    length = min(8, trunk.max_positions)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(trunk.config.vocab_size, (2, length), generator=generator)
-    return ids.to(trunk.device)
-
-
-@torch.no_grad()
-def _probe(trunk: TransformersTrunk) -> Tensor:
-    """Hidden states of _tokens, [2, S, D]; ValueError where they depend on later tokens."""
-    ids = _tokens(trunk)
-    packing = Packing.of([ids.shape[1]] * 2, ids.device)
-    hidden = trunk(ids.flatten(), packing).view(*ids.shape, -1)
-    other = ids.clone()
-    other[:, -1] = (other[:, -1] + 1) % trunk.config.vocab_size
-    again = trunk(other.flatten(), packing).view(*ids.shape, -1)
-    if not _equal(again[:, :-1], hidden[:, :-1]):
-        raise ValueError(
-            f"{type(trunk.module).__name__} is no causal decoder: what it makes of a token depends "
-            "on the tokens behind it"
-        )
-    return hidden
-
-
-@torch.no_grad()
-def _prove(model: LanguageModel, whole: Any) -> None:
-    trunk: Any = model.trunk
-    logits = whole(input_ids=_tokens(trunk), use_cache=False).logits
-    ours = model.logits(_probe(trunk))
-    if ours.shape != logits.shape or not _equal(ours, logits):
-        raise ValueError(
-            f"the logits of {type(whole).__name__} are no product of its hidden states and its "
-            "output embeddings (with bias, scale or soft cap), so its head cannot be used"
-        )
-
-
-@torch.no_grad()
-def _choose_cache(trunk: TransformersTrunk) -> None:
-    """Whether cached decoding gives what one pass gives, tried on ragged rows."""
-    ids = _tokens(trunk)
-    length = ids.shape[1]
-    lengths = [length, length - 2]
-    packing = Packing.of(lengths, ids.device)
-    expected = trunk(ids[packing.rows, packing.positions], packing)[packing.last]
-    prompts = Packing.of([n - 1 for n in lengths], ids.device)
-    cache = CachedRows(prompts, torch.arange(2, device=ids.device), 1)
-    last = torch.tensor(lengths, device=ids.device) - 1
-    reason = "its state is no plain cache of keys and values"
-    try:
-        cache.prefill(trunk, ids[prompts.rows, prompts.positions])
-        given = cache.decode(trunk, ids[torch.arange(2, device=ids.device), last])
-        trunk.has_cache = cache.is_plain and _equal(given, expected)
-    except Exception as error:  # whatever a module says that takes no such cache
-        trunk.has_cache = False
-        reason = f"{type(error).__name__}: {error}"
-    if not trunk.has_cache:
-        logger.warning(
-            "%s decodes without a cache, every token in the time of its whole row: %s",
-            type(trunk.module).__name__,
-            reason,
-        )
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    """By mean error: in half precision an expert chosen otherwise may move one token far."""
-    tolerance = 1e-3 if b.dtype.itemsize >= 4 else 3e-2
-    a, b = a.double(), b.double()
-    return bool((a - b).abs().mean() <= tolerance * b.abs().mean())

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuserl.model import fallback_folder
+from fuserl.model import fallback_config, fallback_folder
 from fuserl.model.config import DecoderConfig
 from fuserl.model.config_json import (
     CONFIG_FILE,
@@ -61,7 +61,7 @@ def read_config(folder: str | Path) -> DecoderConfig:
     try:
         return load_config(folder)
     except UnsupportedModel as reason:
-        return fallback_folder.read_config(Path(folder), reason)
+        return fallback_config.read_config(Path(folder), reason)
 
 
 def check_vocabulary(config: DecoderConfig, tokenizer_vocab_size: int, folder: str | Path) -> None:

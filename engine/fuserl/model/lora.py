@@ -23,7 +23,7 @@ ALL_LINEAR = "all-linear"
 """As targets: every product of the decoder."""
 
 Model = LanguageModel | ScalarModel
-AnyModel = TypeVar("AnyModel", LanguageModel, ScalarModel)
+AnyModel = TypeVar("AnyModel", bound=LanguageModel | ScalarModel)
 
 
 @dataclass(frozen=True, slots=True)

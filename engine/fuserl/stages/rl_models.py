@@ -14,7 +14,6 @@ from fuserl.model.freezing import num_frozen
 from fuserl.model.heads import Critic, LanguageModel, ScalarModel, SharedCritic
 from fuserl.model.hub import resolve_folder
 from fuserl.model.hydra import copy_trained, critic_on, frozen_copy, share_trunk
-from fuserl.model.lora import merged
 from fuserl.policy import Policy, save_folder
 from fuserl.rewards import FunctionReward, ModelReward, Reward, RewardFunction
 from fuserl.stages.trainable import adapt, make_trainable
@@ -87,7 +86,7 @@ def save_critic(critic: Critic, policy: Policy, out: Path) -> None:
     if isinstance(critic, SharedCritic):
         save_critic_head(critic, out)
     else:
-        save_folder(out / "critic", merged(critic), policy.tokenizer, policy.notes)
+        save_folder(out / "critic", critic, policy.tokenizer, policy.notes)
 
 
 def load_reward_model(folder: Path, policy: Policy, dtype: torch.dtype) -> ScalarModel:

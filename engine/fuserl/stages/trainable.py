@@ -16,7 +16,7 @@ from fuserl.policy import save_folder
 from fuserl.run import ADAPTER_FOLDER
 from fuserl.tokenizer import Tokenizer
 
-AnyModel = TypeVar("AnyModel", LanguageModel, ScalarModel)
+AnyModel = TypeVar("AnyModel", bound=LanguageModel | ScalarModel)
 
 
 def training_dtype(config: TrainConfig) -> torch.dtype | None:
@@ -78,9 +78,8 @@ def save_trained(
     """Write the model with all that its next stage needs: adapters merged into it, and in
     `adapter` by themselves (under a scalar head of two layers not: PEFT has no place for it).
     base: what the run started from. Returns the model as it was written."""
-    plain = merged(model)
-    save_folder(out, plain, tokenizer, notes)
+    save_folder(out, model, tokenizer, notes)
     has_place = isinstance(model, LanguageModel) or model.score_hidden is None
     if find_adapters(model) and has_place:
         save_adapter(model, out / ADAPTER_FOLDER, base=base)
-    return plain
+    return merged(model)
