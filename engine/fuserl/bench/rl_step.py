@@ -56,9 +56,9 @@ class RLCase:
     model: str  # a key of MODELS
     dtype: str
     device: str
-    num_prompts: int = 8
+    num_prompts: int = 4
     num_samples: int = 2
-    max_new_tokens: int = 64
+    max_new_tokens: int = 32
     num_epochs: int = 4
 
     @property
