@@ -106,7 +106,7 @@ def check_error(backend, dtype, *, num_rows, dim, vocab_size):
     for got, peer, true in zip(mine[2:], narrow, truth[2:], strict=True):
         rounding = 1e-6 if dtype == torch.float32 else 4e-3
         if backend == "triton":  # backward's products are others than forward's: p is off by that
-            rounding = max(rounding, 1e-5)
+            rounding = max(rounding, 3e-5)
         assert_error_rule(got, peer, true, rounding * max(1.0, float(true.abs().max())))
 
 
