@@ -101,6 +101,21 @@ def test_what_this_decoder_lacks_is_unsupported(
         config_from_hf(minimal(family) | changes)
 
 
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [
+        ("llama", "rope_theta"),
+        ("gpt_neox", "rotary_emb_base"),
+        ("gemma3_text", "rope_local_base_freq"),
+    ],
+)
+def test_no_frequency_has_the_base_0(family: str, key: str) -> None:
+    content = minimal(family) | {"rotary_pct": 0.5}
+    with pytest.raises(ValueError, match="rope_theta must be finite and positive, not 0"):
+        config_from_hf(content | {key: 0})
+    assert config_from_hf(content | {key: None}) == config_from_hf(content)
+
+
 def test_a_soft_cap_is_positive() -> None:
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         with pytest.raises(ValueError, match=f"{key} must be finite and positive, not 0"):

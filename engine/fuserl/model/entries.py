@@ -179,8 +179,8 @@ class OneRope:
 
     def read(self, raw: Raw, fields: Fields) -> Fields:
         defaults = {
-            "rope_theta": raw.get(self.theta_key) or self.default_theta,
-            "partial_rotary_factor": raw.get(self.fraction_key, self.default_fraction),
+            "rope_theta": _given(raw, self.theta_key, self.default_theta),
+            "partial_rotary_factor": _given(raw, self.fraction_key, self.default_fraction),
         }
         stated = _dict(raw, "rope_scaling") or _dict(raw, "rope_parameters")
         return {"rope": _read_rope(defaults | stated, raw, fields, self.is_partial)}
@@ -198,9 +198,9 @@ class TwoRopes:
 
     def read(self, raw: Raw, fields: Fields) -> Fields:
         stated = _dict(raw, "rope_parameters")
-        full = {"rope_theta": raw.get("rope_theta") or self.default_theta}
+        full = {"rope_theta": _given(raw, "rope_theta", self.default_theta)}
         full |= _dict(stated, "full_attention") | _dict(raw, "rope_scaling")
-        local = {"rope_theta": raw.get("rope_local_base_freq") or self.default_local_theta}
+        local = {"rope_theta": _given(raw, "rope_local_base_freq", self.default_local_theta)}
         local |= _dict(stated, "sliding_attention")
         rope = _read_rope(full, raw, fields)
         local_rope = _read_rope(local, raw, fields)
@@ -229,6 +229,12 @@ class LeadingPairs:
         if config.rope is None:
             return {}
         return {self.key: config.head_dim if config.rope.dim is None else config.rope.dim}
+
+
+def _given(raw: Raw, key: str, default: float) -> Any:
+    """The value at a key; null counts as missing."""
+    value = raw.get(key)
+    return default if value is None else value
 
 
 def _dict(raw: Raw, key: str) -> dict[str, Any]:
