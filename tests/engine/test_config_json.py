@@ -86,6 +86,7 @@ TYPES = ["sliding_attention", "full_attention"]
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         ("gemma2", {"hidden_activation": "gelu_fast"}, "hidden_activation 'gelu_fast'"),
         ("gemma3_text", {"rope_scaling": {"rope_type": "dynamic"}}, "rope type 'dynamic'"),
+        ("gemma3_text", {"attn_logit_softcapping": 2.0}, "attn_logit_softcapping 2.0"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention True"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
         ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 0.26}}, "0.26 .* odd"),

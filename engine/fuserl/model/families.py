@@ -289,7 +289,8 @@ FAMILIES: dict[str, Family] = {
             Constant({"post_norms": True, "qk_norm": True}),
             AttentionScale(),
             Windows(layers=_has_pattern_window),
-            _softcap("attn_logit_softcapping", "attention_softcap", None),
+            # A key that transformers' module reads and does not use.
+            Choice("attn_logit_softcapping", {None: {"attention_softcap": None}}, None),
             _softcap("final_logit_softcapping", "final_softcap", None),
             kv_heads=4,
             max_positions=131_072,
