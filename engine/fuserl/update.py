@@ -50,7 +50,7 @@ def update(
     totals = WeightedMean()
     first: dict[str, Tensor] = {}
     for _ in range(config.passes):
-        order = torch.randperm(len(batch), generator=generator)
+        order = torch.randperm(len(batch), generator=generator).to(batch.prompts.device)
         for rows in order.tensor_split(config.num_minibatches):
             found = _step(policy, critic, optimizer, batch.select(rows), config)
             step = {LOGGED_AS.get(name, name): value for name, value in found.items()}

@@ -42,6 +42,16 @@ def saved(tmp_path: Path) -> Path:
         ({"rope_parameters": {"rope_type": "linear"}}, "type 'linear' have no 'factor'"),
         ({"rope_parameters": {"rope_theta": "big"}}, "rope_theta must be int or float, not 'big'"),
         (
+            {"rope_parameters": {"rope_theta": -1.0}},
+            "rope_theta must be finite and positive, not -1.0",
+        ),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps must be finite and not negative"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be finite and not negative"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 0}},
+            "factor of the rope parameters must be finite and positive, not 0",
+        ),
+        (
             {"rope_parameters": {"rope_type": "llama3", "factor": 2, "low_freq_factor": 1}},
             "type 'llama3' have no 'high_freq_factor'",
         ),
@@ -76,10 +86,13 @@ TYPES = ["sliding_attention", "full_attention"]
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         ("gemma2", {"hidden_activation": "gelu_fast"}, "hidden_activation 'gelu_fast'"),
         ("gemma3_text", {"rope_scaling": {"rope_type": "dynamic"}}, "rope type 'dynamic'"),
+        ("gemma3_text", {"attn_logit_softcapping": 2.0}, "attn_logit_softcapping 2.0"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention True"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
         ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 0.26}}, "0.26 .* odd"),
         ("gptj", {"rotary_dim": None}, "rotary_dim None"),
+        ("llama", {"head_dim": 320}, "head_dim 320 .*up to 256"),
+        ("gpt2", {"n_head": 8}, "head_dim 3 .*even"),
     ],
 )
 def test_what_this_decoder_lacks_is_unsupported(
@@ -87,6 +100,27 @@ def test_what_this_decoder_lacks_is_unsupported(
 ) -> None:
     with pytest.raises(UnsupportedModel, match=message):
         config_from_hf(minimal(family) | changes)
+
+
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [
+        ("llama", "rope_theta"),
+        ("gpt_neox", "rotary_emb_base"),
+        ("gemma3_text", "rope_local_base_freq"),
+    ],
+)
+def test_no_frequency_has_the_base_0(family: str, key: str) -> None:
+    content = minimal(family) | {"rotary_pct": 0.5}
+    with pytest.raises(ValueError, match="rope_theta must be finite and positive, not 0"):
+        config_from_hf(content | {key: 0})
+    assert config_from_hf(content | {key: None}) == config_from_hf(content)
+
+
+def test_a_soft_cap_is_positive() -> None:
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        with pytest.raises(ValueError, match=f"{key} must be finite and positive, not 0"):
+            config_from_hf(minimal("gemma2") | {key: 0.0})
 
 
 def minimal(family: str) -> dict[str, Any]:

@@ -230,6 +230,8 @@ def test_a_cpu_takes_sdpa_and_a_gpu_what_it_has() -> None:
     assert choice(torch.device("cpu"), torch.bfloat16)[0] == "sdpa"
     assert choice(torch.device("cuda"), torch.float32)[0] == "sdpa"
     assert choice(torch.device("cuda"), torch.bfloat16)[0] in ("varlen", "flash-attn")
+    odd = choice(torch.device("cuda"), torch.bfloat16, head_dim=20)[0]
+    assert odd in ("sdpa", "flash-attn"), "torch's kernel takes multiples of 8"
 
 
 def test_a_sequence_without_a_token_is_refused() -> None:

@@ -251,6 +251,18 @@ def test_a_head_that_does_not_fit_is_named(
     assert not (tmp_path / CRITIC_FILE).exists(), "it belonged to another policy"
 
 
+def test_layers_a_run_shared_train_in_the_next(
+    policy_folder: Path, train: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """The same policy object, handed from a run with a hydra to one without."""
+    policy = load_policy(policy_folder)
+    train(policy=policy, out=tmp_path / "hydra", steps=1, **HYDRA)
+    before = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
+    train(policy=policy, out=tmp_path / "whole", steps=1)
+    for name, tensor in policy.model.state_dict().items():
+        assert not torch.equal(tensor, before[name]), name
+
+
 def test_a_reward_model_may_have_an_mlp_head(
     policy_folder: Path,
     train: Callable[..., dict[str, Any]],

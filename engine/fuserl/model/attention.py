@@ -40,11 +40,14 @@ def packed_attention(
     """
     if window is not None and window >= packing.max_length:
         window = None
-    attend = _IMPLEMENTATIONS[choice(query.device, query.dtype, softcap is not None)[0]]
+    name, _ = choice(query.device, query.dtype, softcap is not None, query.shape[2])
+    attend = _IMPLEMENTATIONS[name]
     return attend(query, key, value, packing, scale, window, softcap)
 
 
-def choice(device: torch.device, dtype: torch.dtype, softcap: bool = False) -> tuple[str, str]:
+def choice(
+    device: torch.device, dtype: torch.dtype, softcap: bool = False, head_dim: int = 64
+) -> tuple[str, str]:
     """Which implementation runs for tensors of this kind, and why: for `fuserl doctor` too."""
     if device.type != "cuda" and softcap:
         return "sdpa", "in plain operations: torch's fused kernel has no softcap"
@@ -56,6 +59,8 @@ def choice(device: torch.device, dtype: torch.dtype, softcap: bool = False) -> t
         return "flash-attn", "installed"
     if softcap:
         return "sdpa", "torch's variable-length attention has no softcap; install flash-attn"
+    if head_dim % 8:
+        return "sdpa", f"torch's variable-length attention takes multiples of 8, not {head_dim}"
     return "varlen", "torch's variable-length attention; flash-attn is not installed"
 
 

@@ -16,6 +16,8 @@ _REFUSED = {
     "auto_map": "the model comes with code of its own, and no code from a model folder is run",
     "quantization_config": "quantised weights are not supported; use the unquantised model",
 }
+MAX_HEAD_DIM = 256
+"""The attention kernels hold a head in registers."""
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -54,6 +56,10 @@ def config_from_hf(raw: Raw) -> DecoderConfig:
     fields: Fields = {}
     for entry in FAMILIES[model_type].entries:
         fields |= entry.read(raw, fields)
+    if (head_dim := fields["head_dim"]) % 2 or head_dim > MAX_HEAD_DIM:
+        raise UnsupportedModel(
+            f"head_dim {head_dim} is not supported: an even number up to {MAX_HEAD_DIM} is"
+        )
     return DecoderConfig(family=model_type, source=dict(raw), **fields)
 
 

@@ -224,8 +224,9 @@ class Decoder(nn.Module):
         """Embedding and the layers below `stop`: the residual stream before that layer, [N, D]."""
         stream = self.embed_tokens(token_ids)
         if self.config.embedding_scale != 1.0:
-            # Rounded to the dtype first, as Gemma was trained.
-            stream = stream * stream.new_tensor(self.config.embedding_scale)
+            # Rounded to the dtype first, as Gemma was trained; a number on the host, so that no
+            # token waits for a copy to the device.
+            stream = stream * torch.tensor(self.config.embedding_scale, dtype=stream.dtype)
         if self.config.rope is None:
             stream = stream + self.embed_positions(step.positions)
         branch, stream = self._layers(stream, step, 0, stop)

@@ -32,7 +32,8 @@ REQUIRED: Any = object()
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """One key whose value is that of a field (or of several); an int is a size, and positive."""
+    """One key whose value is that of a field (or of several); an int is a size, and positive; a
+    float is finite and not negative."""
 
     key: str
     fields: str | tuple[str, ...]
@@ -41,6 +42,7 @@ class Value:
     """Where the key is missing: the value, or a function of the fields before."""
     null: Any = REQUIRED
     """Where the key is null; unless given, null counts as missing."""
+    is_divisor: bool = False  # 0 is no value either
 
     def read(self, raw: Raw, fields: Fields) -> Fields:
         value = self._value(raw, fields)
@@ -50,7 +52,7 @@ class Value:
     def _value(self, raw: Raw, fields: Fields) -> Any:
         optional = self.default is not REQUIRED
         if self.key in raw and not (raw[self.key] is None and optional):
-            return typed(self.key, raw[self.key], self.kind, optional)
+            return typed(self.key, raw[self.key], self.kind, optional, self.is_divisor)
         is_null = self.key in raw and self.null is not REQUIRED
         default = self.null if is_null else self.default
         if default is REQUIRED:
@@ -62,14 +64,20 @@ class Value:
         return {self.key: getattr(config, name)}
 
 
-def typed(key: str, value: Any, kind: type, optional: bool = False) -> Any:
-    """The value, if it is of that kind (an int will do as a float); else a ValueError."""
+def typed(
+    key: str, value: Any, kind: type, optional: bool = False, is_divisor: bool = False
+) -> Any:
+    """The value, if it is of that kind (an int will do as a float) and in its range; else a
+    ValueError."""
     kinds = (int, float) if kind is float else (kind,)
     if type(value) not in kinds:
         names = [each.__name__ for each in kinds] + ["null"] * optional
         raise ValueError(f"{key} must be {' or '.join(names)}, not {value!r}")
     if kind is int and value < 1:
         raise ValueError(f"{key} must be positive, not {value}")
+    if kind is float and not (value >= 0 and math.isfinite(value) and (value or not is_divisor)):
+        least = "positive" if is_divisor else "not negative"
+        raise ValueError(f"{key} must be finite and {least}, not {value}")
     return float(value) if kind is float else value
 
 
@@ -140,9 +148,7 @@ class AttentionScale:
     default: int = 256
 
     def read(self, raw: Raw, fields: Fields) -> Fields:
-        scalar = typed(self.key, raw.get(self.key, self.default), float)
-        if scalar <= 0:
-            raise ValueError(f"{self.key} must be positive, not {scalar}")
+        scalar = typed(self.key, raw.get(self.key, self.default), float, is_divisor=True)
         return {"attention_scale": scalar**-0.5}
 
     def write(self, config: DecoderConfig) -> dict[str, Any]:
@@ -173,8 +179,8 @@ class OneRope:
 
     def read(self, raw: Raw, fields: Fields) -> Fields:
         defaults = {
-            "rope_theta": raw.get(self.theta_key) or self.default_theta,
-            "partial_rotary_factor": raw.get(self.fraction_key, self.default_fraction),
+            "rope_theta": _given(raw, self.theta_key, self.default_theta),
+            "partial_rotary_factor": _given(raw, self.fraction_key, self.default_fraction),
         }
         stated = _dict(raw, "rope_scaling") or _dict(raw, "rope_parameters")
         return {"rope": _read_rope(defaults | stated, raw, fields, self.is_partial)}
@@ -192,9 +198,9 @@ class TwoRopes:
 
     def read(self, raw: Raw, fields: Fields) -> Fields:
         stated = _dict(raw, "rope_parameters")
-        full = {"rope_theta": raw.get("rope_theta") or self.default_theta}
+        full = {"rope_theta": _given(raw, "rope_theta", self.default_theta)}
         full |= _dict(stated, "full_attention") | _dict(raw, "rope_scaling")
-        local = {"rope_theta": raw.get("rope_local_base_freq") or self.default_local_theta}
+        local = {"rope_theta": _given(raw, "rope_local_base_freq", self.default_local_theta)}
         local |= _dict(stated, "sliding_attention")
         rope = _read_rope(full, raw, fields)
         local_rope = _read_rope(local, raw, fields)
@@ -225,6 +231,12 @@ class LeadingPairs:
         return {self.key: config.head_dim if config.rope.dim is None else config.rope.dim}
 
 
+def _given(raw: Raw, key: str, default: float) -> Any:
+    """The value at a key; null counts as missing."""
+    value = raw.get(key)
+    return default if value is None else value
+
+
 def _dict(raw: Raw, key: str) -> dict[str, Any]:
     """The object at a key without its nulls; empty where there is none."""
     value = raw.get(key)
@@ -243,7 +255,7 @@ def _read_rope(
     if dim % 2:
         raise UnsupportedModel(f"partial_rotary_factor {fraction} is not supported: {dim} is odd")
     return Rope(
-        theta=typed("rope_theta", parameters["rope_theta"], float),
+        theta=typed("rope_theta", parameters["rope_theta"], float, is_divisor=True),
         dim=None if dim == fields["head_dim"] else dim,
         scaling=_read_scaling(parameters, raw, fields),
     )
@@ -262,8 +274,9 @@ def _read_scaling(parameters: Raw, raw: Raw, fields: Fields) -> RopeScaling | No
     def number(key: str, default: float | None = None) -> float:
         if key not in parameters and default is None:
             raise ValueError(f"the rope parameters of type {kind!r} have no {key!r}")
-        value: float = typed(f"{key} of the rope parameters", parameters.get(key, default), float)
-        return value
+        name, value = f"{key} of the rope parameters", parameters.get(key, default)
+        checked: float = typed(name, value, float, is_divisor=key == "factor")
+        return checked
 
     if kind == "linear":
         return RopeScaling(kind="linear", factor=number("factor"))

@@ -158,6 +158,10 @@ def _gemma_like(*rest: Entry, head_dim: int = 256, **settings: Any) -> tuple[Ent
     )
 
 
+def _softcap(key: str, field: str, default: float | None) -> Value:
+    return Value(key, field, float, default, null=None, is_divisor=True)
+
+
 _GEMMA2_ACTIVATION = Choice("hidden_activation", _TANH | _SILU | _ERF | _RELU, "gelu_pytorch_tanh")
 
 
@@ -269,8 +273,8 @@ FAMILIES: dict[str, Family] = {
             Constant({"post_norms": True}),
             AttentionScale(),
             Windows(layers=lambda raw, layer: layer % 2 == 0),
-            Value("attn_logit_softcapping", "attention_softcap", float, 50.0, null=None),
-            Value("final_logit_softcapping", "final_softcap", float, 30.0, null=None),
+            _softcap("attn_logit_softcapping", "attention_softcap", 50.0),
+            _softcap("final_logit_softcapping", "final_softcap", 30.0),
             kv_heads=4,
             max_positions=8192,
             activation=_GEMMA2_ACTIVATION,
@@ -285,8 +289,9 @@ FAMILIES: dict[str, Family] = {
             Constant({"post_norms": True, "qk_norm": True}),
             AttentionScale(),
             Windows(layers=_has_pattern_window),
-            Value("attn_logit_softcapping", "attention_softcap", float, None),
-            Value("final_logit_softcapping", "final_softcap", float, None),
+            # A key that transformers' module reads and does not use.
+            Choice("attn_logit_softcapping", {None: {"attention_softcap": None}}, None),
+            _softcap("final_logit_softcapping", "final_softcap", None),
             kv_heads=4,
             max_positions=131_072,
             activation=_GEMMA2_ACTIVATION,

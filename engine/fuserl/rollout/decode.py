@@ -96,14 +96,14 @@ def decode(
             request_ids=requests[live],
             positions=torch.full_like(live, step),
         )
+        # Nothing is picked by a mask here: to count it would wait for the device.
         running = ended_at[live] > step  # a row that ended is still in the batch until dropped
-        writers = live[running]
-        token_ids[writers, step] = drawn[running]
-        logprobs[writers, step] = drawn_logprobs[running]
+        token_ids[live, step] = torch.where(running, drawn, 0)
+        logprobs[live, step] = torch.where(running, drawn_logprobs, 0.0)
         if eos_token_id is not None:
-            finished = writers[drawn[running] == eos_token_id]
-            has_eos[finished] = True
-            ended_at[finished] = step + 1
+            finished = running & (drawn == eos_token_id)
+            has_eos[live] = has_eos[live] | finished
+            ended_at[live] = torch.where(finished, step + 1, ended_at[live])
         running = ended_at[live] > step + 1
         # One wait for the device tells both.
         num_running, num_broken = torch.stack([running.sum(), (drawn < 0).sum()]).tolist()
@@ -112,8 +112,9 @@ def decode(
         if num_running == 0:
             break
         if num_running <= KEEP_SHARE * len(live):
-            cache.keep(running.nonzero().squeeze(1))
-            live, drawn = live[running], drawn[running]
+            kept_rows = (~running).argsort(stable=True)[:num_running]
+            cache.keep(kept_rows)
+            live, drawn = live[kept_rows], drawn[kept_rows]
         hidden = trunk.decode(drawn, cache)
 
     kept: tuple[Tensor | None, Tensor | None] = (None, None)

@@ -46,6 +46,7 @@ def make_trainable(model: LanguageModel | ScalarModel, config: TrainConfig) -> N
             "or merge them first (fuserl.model.lora.merged)"
         )
     model.trunk.checkpointing = config.activation_checkpointing
+    model.trunk.shared_layers = 0  # what an earlier run shared may train in this one
     freeze_lowest(model, config.frozen_layers)
     if config.lora_rank:
         freeze_base(model)
