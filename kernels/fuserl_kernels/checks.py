@@ -6,6 +6,7 @@ op bodies, on CPU tensors.
 """
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -64,28 +65,41 @@ def whole(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
 
 
+def _number(name: str, value: object) -> None:
+    """A Python number, or what stands for one: NumPy's, a 0-d tensor."""
+    if not isinstance(value, int | float | torch.Tensor | numbers.Real):
+        raise ValueError(f"{name} must be a number, not {_kind(value)}")
+
+
 def at_least(name: str, value: float, least: float) -> None:
+    _number(name, value)
     if not least <= value < math.inf:
         raise ValueError(f"{name} must be a finite number of at least {least}, not {value!r}")
 
 
 def above(name: str, value: float, bound: float) -> None:
+    _number(name, value)
     if not bound < value < math.inf:
         raise ValueError(f"{name} must be a finite number above {bound}, not {value!r}")
 
 
 def softcap(value: float | None) -> None:
     """Above 1e30 its inverse would be no normal float32."""
-    if value is not None and not 0.0 < value <= 1e30:
+    if value is None:
+        return
+    _number("softcap", value)
+    if not 0.0 < value <= 1e30:
         raise ValueError(f"softcap must be above 0 and at most 1e30, not {value!r}")
 
 
 def finite(name: str, value: float) -> None:
+    _number(name, value)
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be a finite number, not {value!r}")
 
 
 def between(name: str, value: float, least: float, most: float) -> None:
+    _number(name, value)
     if not least <= value <= most:
         raise ValueError(f"{name} must be in [{least}, {most}], not {value!r}")
 

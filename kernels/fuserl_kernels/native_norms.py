@@ -5,12 +5,7 @@ from typing import Any
 import torch
 
 from fuserl_kernels import native
-from fuserl_kernels.row_layout import RowLayout, row_layout
-
-
-def _vector(vector: torch.Tensor) -> torch.Tensor:
-    """Contiguous, in a dtype that the module reads."""
-    return (vector.float() if vector.dtype == torch.float64 else vector).contiguous()
+from fuserl_kernels.row_layout import RowLayout, readable_vector, row_layout
 
 
 def _norm(
@@ -47,8 +42,8 @@ def forward_native(
     centered: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     x, layout = row_layout(x)
-    weight = _vector(weight)
-    bias = None if bias is None else _vector(bias)
+    weight = readable_vector(weight)
+    bias = None if bias is None else readable_vector(bias)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if residual is None:
         summed = x.new_empty(0)
@@ -80,7 +75,8 @@ def backward_native(
     centered: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, layout = row_layout(rows)
-    vector, stats, grad_y = _vector(weight), stats.contiguous(), grad_y.contiguous()
+    vector = readable_vector(weight)
+    stats, grad_y = stats.contiguous(), grad_y.contiguous()
     grad_summed = None if grad_summed is None else grad_summed.contiguous()
     grad_x = torch.empty_like(rows, memory_format=torch.contiguous_format)
     num_sums = (2 if centered else 1) if weight_grad else 0

@@ -6,6 +6,7 @@ import torch
 
 from fuserl_kernels import native
 from fuserl_kernels.reference.rotary import head_dim_of
+from fuserl_kernels.row_layout import readable_vector
 
 _NO_STRIDES = (0, 0, 0)
 
@@ -41,10 +42,8 @@ def _weights(
 
 
 def readable_weight(weight: torch.Tensor | None) -> torch.Tensor | None:
-    """A norm's weight as kernels take it: contiguous, float32 for float64."""
-    if weight is None:
-        return None
-    return (weight.float() if weight.dtype == torch.float64 else weight).contiguous()
+    """A norm's weight as kernels take it."""
+    return None if weight is None else readable_vector(weight)
 
 
 def _forward(

@@ -318,6 +318,7 @@ def rotary_kv_write(
         qkv, cos, sin, num_heads, num_kv_heads, q_norm_weight, k_norm_weight, eps, weight_offset
     )
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+        checks.floating(name, cache)
         if cache.dtype != qkv.dtype or cache.dim() != 4:
             raise ValueError(
                 f"{name} must be {qkv.dtype} [num_slots, num_kv_heads, T, head_dim] as qkv, not "
@@ -328,8 +329,17 @@ def rotary_kv_write(
         checks.device(name, cache, "qkv", qkv)
         if cache.stride(3) != 1:
             raise ValueError(f"{name} must have unit stride in its last dimension")
-    if checks.wants_grad(qkv, key_cache, value_cache, q_norm_weight, k_norm_weight):
-        raise ValueError("qkv wants a gradient, and rotary_kv_write has none: use torch.no_grad()")
+    for name, tensor in (
+        ("qkv", qkv),
+        ("key_cache", key_cache),
+        ("value_cache", value_cache),
+        ("q_norm_weight", q_norm_weight),
+        ("k_norm_weight", k_norm_weight),
+    ):
+        if checks.wants_grad(tensor):
+            raise ValueError(
+                f"{name} wants a gradient, and rotary_kv_write has none: use torch.no_grad()"
+            )
     return _op_kv_write(
         qkv,
         checks.detached(cos),

@@ -1,4 +1,5 @@
-"""Where the rows of a tensor [..., D] lie, so that kernels read views of it without a copy."""
+"""Where the rows of a tensor [..., D] lie, so that kernels read views of it without a copy, and
+vectors [D] in a dtype that kernels read."""
 
 from typing import NamedTuple
 
@@ -17,6 +18,14 @@ class RowLayout(NamedTuple):
     def is_plain(self) -> bool:
         """One stride serves all rows."""
         return self.inner_rows >= self.num_rows
+
+
+_READABLE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def readable_vector(vector: torch.Tensor) -> torch.Tensor:
+    """Contiguous, and float32 for any other dtype than kernels read (float64, float8)."""
+    return (vector if vector.dtype in _READABLE else vector.float()).contiguous()
 
 
 def row_layout(x: torch.Tensor) -> tuple[torch.Tensor, RowLayout]:

@@ -12,7 +12,7 @@ import functools
 
 import torch
 
-from fuserl_kernels.row_layout import RowLayout, row_layout
+from fuserl_kernels.row_layout import RowLayout, readable_vector, row_layout
 from fuserl_kernels.triton_helpers import _cast
 from fuserl_kernels.triton_runtime import Configuration, tl, triton
 
@@ -350,8 +350,8 @@ def forward_triton(
     kernel[(num_programs,)](
         x,
         residual,
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
+        readable_vector(weight),
+        None if bias is None else readable_vector(bias),
         y,
         summed,
         stats,
@@ -393,7 +393,7 @@ def backward_triton(
     if num_parts:
         kernel[(num_parts,)](
             rows,
-            weight.contiguous(),
+            readable_vector(weight),
             stats.contiguous(),
             grad_y.contiguous(),
             None if grad_summed is None else grad_summed.contiguous(),
@@ -417,9 +417,9 @@ def backward_triton(
 def _merged(parts: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
     """The sum of parts [P, D], in the dtype of the vector whose gradient it is."""
     num_parts, hidden_size = parts.shape
-    out = torch.empty_like(vector, memory_format=torch.contiguous_format)
+    out = torch.empty_like(readable_vector(vector))
     block = MERGE_CONFIGURATION.constants["BLOCK_D"]
     _merge_kernel[(-(-hidden_size // block),)](
         parts, out, num_parts, hidden_size, **MERGE_CONFIGURATION.arguments()
     )
-    return out
+    return out.to(vector.dtype)

@@ -100,6 +100,14 @@ def test_no_row_no_token_and_rows_that_are_off(backend):
     assert (got[1] == 0).all()
     assert torch.equal(got[[0, 2, 3]], whole[[0, 2, 3]])
     assert whole[0].abs().max() > 0, "a prefix and no token of its own"
+    with fk.use_backend(backend):
+        no_slot = dataclasses.replace(
+            case,
+            key_cache=case.key_cache[:0],
+            value_cache=case.value_cache[:0],
+            slots=torch.full((4,), -1),
+        )
+        assert (no_slot.run() == 0).all(), "every row is off"
 
 
 @pytest.mark.parametrize("backend", runnable(FORWARD))
@@ -195,7 +203,15 @@ def test_bad_tensors_are_named(message):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("scale", math.inf), ("window", 0), ("window", 2.5), ("softcap", 0.0), ("softcap", -1.0)],
+    [
+        ("scale", math.inf),
+        ("scale", "large"),
+        ("window", 0),
+        ("window", 2.5),
+        ("softcap", 0.0),
+        ("softcap", -1.0),
+        ("softcap", "none"),
+    ],
 )
 def test_bad_options_are_named(name, value):
     with pytest.raises(ValueError, match=name):

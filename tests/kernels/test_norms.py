@@ -284,7 +284,7 @@ def test_no_rows_and_one_row(kind, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dtypes_of_weights_and_their_gradients(backend):
     x = rows_of(4, 33, dtype=torch.bfloat16)
-    for weight_dtype in (torch.float32, torch.float16, torch.float64):
+    for weight_dtype in (torch.float32, torch.float16, torch.float64, torch.float8_e4m3fn):
         for bias_dtype in (torch.bfloat16, torch.float64, None):
             weight = vector(33, weight_dtype)
             bias = None if bias_dtype is None else vector(33, bias_dtype)
@@ -296,6 +296,13 @@ def test_dtypes_of_weights_and_their_gradients(backend):
             assert [g.dtype for g in grads] == [leaf.dtype for leaf in leaves]
             truth = eager("layer", wide(x), wide(weight), None if bias is None else wide(bias))
             torch.testing.assert_close(y, truth.bfloat16(), atol=1e-6, rtol=8e-3)
+            with fk.use_backend("reference"):
+                wanted = gradients(ours("layer", x, weight, bias).sum(), leaves, None)
+            for got, want in zip(grads, wanted, strict=True):  # an ulp apart where they round
+                step = {torch.float8_e4m3fn: 2.0**-3, torch.float16: 2.0**-10}.get(got.dtype, 0.0)
+                torch.testing.assert_close(
+                    got.float(), want.float(), atol=1e-5, rtol=max(step, 8e-3)
+                )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -402,6 +409,8 @@ def test_refused_input():
         "residual must be torch.float32": lambda: fk.layer_norm(x, weight, residual=x.half()),
         "eps must be": lambda: fk.rms_norm(x, weight, eps=-1e-6),
         "eps must be a finite": lambda: fk.layer_norm(x, weight, eps=float("nan")),
+        "eps must be a number, not NoneType": lambda: fk.rms_norm(x, weight, eps=None),
+        "eps must be a number, not str": lambda: fk.layer_norm(x, weight, eps="small"),
         "weight_offset must be": lambda: fk.rms_norm(x, weight, weight_offset=float("inf")),
         "weight must be on": lambda: fk.rms_norm(x, torch.ones(8, device="meta")),
     }

@@ -308,6 +308,21 @@ def test_outputs_that_nobody_uses(backend, used, norms):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn])
+def test_weights_of_a_dtype_that_kernels_do_not_read(backend, dtype):
+    heads = Heads(2, 1, 12, 8, norms="qk")
+    *inputs, weights = problem(heads, 4)
+    seeds = cotangents_of(heads, 4, torch.float32)
+    narrow = [w.to(dtype) for w in weights]
+    same = [w.float() for w in narrow]
+    with fk.use_backend(backend):
+        got = with_gradients(ours, heads, (*inputs, narrow), seeds)
+        want = with_gradients(ours, heads, (*inputs, same), seeds)
+    for mine, other in zip(got, want, strict=True):
+        assert torch.equal(mine.float(), other.to(mine.dtype).float())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_strides_and_integer_dtypes(backend):
     heads = Heads(3, 1, 40, 24, norms="qk")
     qkv, cos, sin, positions, weights = problem(heads, 6)
@@ -452,6 +467,7 @@ BAD = [
     ({"q_norm_weight": torch.ones(9)}, "q_norm_weight"),
     ({"k_norm_weight": torch.ones(8, dtype=torch.int64)}, "k_norm_weight"),
     ({"eps": -1.0}, "eps"),
+    ({"eps": None}, "eps must be a number"),
     ({"weight_offset": float("nan")}, "weight_offset"),
 ]
 
@@ -476,7 +492,9 @@ BAD_CACHES = [
     ({"key_cache": torch.zeros(3, 4, 8)}, "key_cache"),
     ({"key_cache": torch.zeros(3, 2, 4, 8)}, "key_cache"),
     ({"key_cache": torch.zeros(3, 1, 8, 4).transpose(2, 3)}, "key_cache must have unit stride"),
+    ({"key_cache": None}, "key_cache"),
     ({"value_cache": torch.zeros(3, 1, 5, 8)}, "value_cache"),
+    ({"value_cache": torch.zeros(3, 1, 4, 8, requires_grad=True)}, "value_cache wants a gradient"),
     ({"slots": torch.zeros(2, dtype=torch.int64)}, "slots"),
     ({"slots": torch.tensor([0, 3, 0])}, "slots must be below 3, found 3"),
     ({"offsets": torch.zeros(3)}, "offsets"),

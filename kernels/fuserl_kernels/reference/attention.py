@@ -24,6 +24,8 @@ def decode_attention_fwd(
     A row's keys are the tokens of its prefix, then those of its slot; head h reads the kv head
     h // (num_heads / num_kv_heads). A row that is off, or has no token, gives zeros."""
     num_rows, num_heads, head_dim = query.shape
+    if key_cache.shape[0] == 0:  # without a slot every row is off
+        return torch.zeros_like(query, memory_format=torch.contiguous_format)
     dtype = compute_dtype(query)
     if slots is None:
         slots = torch.arange(num_rows, device=query.device)
