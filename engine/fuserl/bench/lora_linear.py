@@ -5,22 +5,19 @@ transformers has them) with fp32 adapters, as PEFT trains them; `torch` is the f
 product alone, without adapters, is the floor. The weight is frozen; the input gets a gradient.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fuserl.bench import report
 from fuserl.bench.case import DTYPES
 from fuserl.bench.checking import OURS_MORE, RIVAL_BOUND
 from fuserl.bench.memory import peak_extra_bytes, why_not_measured
-from fuserl.bench.output import WrongAnswer, write_json
+from fuserl.bench.output import WrongAnswer, refuse_other_options, run_cases, table_row
 from fuserl.bench.rivals import Unavailable, load
 from fuserl.bench.timing import as_milliseconds, interleave, quartiles
 from fuserl.bench.truth import Error, finite_norm
@@ -200,12 +197,16 @@ class LoraReport:
     def table(self) -> str:
         """In Markdown."""
         heads = ("", "ms", f"vs {BASELINE}", "peak MB", "error of output", "of gradients")
-        lines = [f"{self.case.title}\n", _row(*heads), _row("---", *["--:"] * (len(heads) - 1))]
+        lines = [
+            f"{self.case.title}\n",
+            table_row(*heads),
+            table_row("---", *["--:"] * (len(heads) - 1)),
+        ]
         for result in sorted(self.results, key=lambda r: r.median_ms):
             low, median, high = quartiles(result.samples_ms)
             peak, error = result.peak_extra_bytes, result.error
             lines.append(
-                _row(
+                table_row(
                     result.provider,
                     "{} [{}, {}]".format(*map(as_milliseconds, (median, low, high))),
                     f"{self.speedup(result):.2f}x",
@@ -234,30 +235,14 @@ def run_lora_linear(config: BenchConfig) -> list[LoraReport]:
 
     Raises ValueError for an option that would do nothing and without PEFT, and WrongAnswer.
     """
-    cases = cases_of(config)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    machine = report.describe_machine(cases[0].device, torch.get_num_threads())
-    print(f"{machine['device']}, {machine['threads']} threads, torch {torch.__version__}\n")
-    reports = []
-    for case in cases:
-        try:
-            found = run_case(case, config.rounds, config.budget_seconds / len(cases))
-        except Unavailable as reason:
-            raise ValueError(f"{NAME} is measured against PEFT, and {reason}") from None
-        reports.append(found)
-        print(found.table(), end="\n\n", flush=True)
-    print(_UNITS)
-    if config.json is not None:
-        content = {"format": report.FORMAT, "machine": machine}
-        write_json(Path(config.json), {**content, "cases": [r.to_json() for r in reports]})
-    return reports
+    try:
+        return run_cases(config, cases_of(config), run_case, _UNITS)
+    except Unavailable as reason:
+        raise ValueError(f"{NAME} is measured against PEFT, and {reason}") from None
 
 
 def cases_of(config: BenchConfig) -> list[LoraCase]:
-    for item in dataclasses.fields(config):
-        if item.name not in _OPTIONS and getattr(config, item.name) != item.default:
-            raise ValueError(f"{item.name} makes no sense with {NAME}: it has no such option")
+    refuse_other_options(config, _OPTIONS, NAME)
     if config.dtype == "fp16":
         raise ValueError(f"dtype of {NAME} must be fp32 or bf16, not 'fp16'")
     device = default_device(None if config.device == "auto" else config.device).type
@@ -307,7 +292,3 @@ def _refuse_wrong(case: LoraCase, results: dict[str, LoraResult]) -> None:
     ]
     if wrong:
         raise WrongAnswer(f"{case.title}: nothing was timed, because {'; '.join(wrong)}")
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -5,22 +5,19 @@ policy. hydra: both are tops on the stream that the rollout keeps, and so is the
 update. The two compute the same; that is checked before anything is timed.
 """
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fuserl.batch import ScoredBatch, ShapedBatch
-from fuserl.bench import report
 from fuserl.bench.case import DTYPES
 from fuserl.bench.memory import peak_extra_bytes, why_not_measured
-from fuserl.bench.output import WrongAnswer, write_json
+from fuserl.bench.output import WrongAnswer, refuse_other_options, run_cases
 from fuserl.bench.timing import as_milliseconds, interleave, quartiles
 from fuserl.bench.training_problem import MODELS
 from fuserl.config import BenchConfig, RLConfig
@@ -253,26 +250,11 @@ def run_rl_step(config: BenchConfig) -> list[RLReport]:
 
     Raises ValueError for an option that would do nothing, and WrongAnswer.
     """
-    cases = cases_of(config)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    machine = report.describe_machine(cases[0].device, torch.get_num_threads())
-    print(f"{machine['device']}, {machine['threads']} threads, torch {torch.__version__}\n")
-    reports = []
-    for case in cases:
-        reports.append(run_case(case, config.rounds, config.budget_seconds / len(cases)))
-        print(reports[-1].table(), end="\n\n", flush=True)
-    print(_UNITS)
-    if config.json is not None:
-        content = {"format": report.FORMAT, "machine": machine}
-        write_json(Path(config.json), {**content, "cases": [r.to_json() for r in reports]})
-    return reports
+    return run_cases(config, cases_of(config), run_case, _UNITS)
 
 
 def cases_of(config: BenchConfig) -> list[RLCase]:
-    for one in dataclasses.fields(config):
-        if one.name not in _OPTIONS and getattr(config, one.name) != one.default:
-            raise ValueError(f"{one.name} makes no sense with {NAME}: it has no such option")
+    refuse_other_options(config, _OPTIONS, NAME)
     if config.dtype not in ("auto", *_APART):
         raise ValueError(f"dtype of {NAME} must be one of {(*_APART,)}, not {config.dtype!r}")
     device = default_device(None if config.device == "auto" else config.device).type

@@ -6,17 +6,12 @@ and weights, on the padded batch, with its own loss. Two batches: ragged lengths
 padded batch is padding, and equal lengths of as many tokens, where packing gains nothing.
 """
 
-import dataclasses
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from fuserl.bench import report
 from fuserl.bench.checking import OURS_MORE, RIVAL_BOUND
 from fuserl.bench.memory import peak_extra_bytes, why_not_measured
-from fuserl.bench.output import WrongAnswer, write_json
+from fuserl.bench.output import WrongAnswer, refuse_other_options, run_cases, table_row
 from fuserl.bench.rivals import Unavailable
 from fuserl.bench.timing import as_milliseconds, interleave, quartiles
 from fuserl.bench.training_problem import BATCHES, StepCase, StepProblem
@@ -71,14 +66,14 @@ class StepReport:
             f"{self.case.title}: {self.num_parameters / 1e6:.1f}M parameters, "
             f"{self.num_tokens} tokens ({self.padded_tokens} padded), "
             f"{self.num_completion_tokens} learned\n",
-            _row(*heads, "of gradients"),
-            _row("---", *["--:"] * len(heads)),
+            table_row(*heads, "of gradients"),
+            table_row("---", *["--:"] * len(heads)),
         ]
         for result in sorted(self.results, key=lambda r: r.median_ms):
             low, median, high = quartiles(result.samples_ms)
             peak = result.peak_extra_bytes
             lines.append(
-                _row(
+                table_row(
                     result.provider,
                     "{} [{}, {}]".format(*map(as_milliseconds, (median, low, high))),
                     f"{self.speedup(result):.2f}x",
@@ -109,31 +104,14 @@ def run_training_step(config: BenchConfig) -> list[StepReport]:
 
     Raises ValueError for an option that would do nothing and without transformers, and WrongAnswer.
     """
-    cases = cases_of(config)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    machine = report.describe_machine(cases[0].device, torch.get_num_threads())
-    print(f"{machine['device']}, {machine['threads']} threads, torch {torch.__version__}\n")
-    reports = []
-    for case in cases:
-        try:
-            found = run_case(case, config.rounds, config.budget_seconds / len(cases))
-        except Unavailable as reason:
-            raise ValueError(f"{NAME} is measured against transformers, and {reason}") from None
-        reports.append(found)
-        print(found.table(), end="\n\n", flush=True)
-    print(_UNITS)
-    if config.json is not None:
-        content = {"format": report.FORMAT, "machine": machine}
-        write_json(Path(config.json), {**content, "cases": [r.to_json() for r in reports]})
-    return reports
+    try:
+        return run_cases(config, cases_of(config), run_case, _UNITS)
+    except Unavailable as reason:
+        raise ValueError(f"{NAME} is measured against transformers, and {reason}") from None
 
 
 def cases_of(config: BenchConfig) -> list[StepCase]:
-    defaults = {f.name: f.default for f in dataclasses.fields(config)}
-    for name, default in defaults.items():
-        if name not in _OPTIONS and getattr(config, name) != default:
-            raise ValueError(f"{name} makes no sense with {NAME}: it has no such option")
+    refuse_other_options(config, _OPTIONS, NAME)
     if config.dtype not in ("auto", *PROVIDERS):
         raise ValueError(f"dtype of {NAME} must be one of {(*PROVIDERS,)}, not {config.dtype!r}")
     device = default_device(None if config.device == "auto" else config.device).type
@@ -185,7 +163,3 @@ def _measure_memory(case: StepCase, step: Step, result: StepResult) -> None:
     result.state_bytes = step.state_bytes
     if why_not_measured(case.device) is None:
         result.peak_extra_bytes = peak_extra_bytes(case.device, step.run)
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
