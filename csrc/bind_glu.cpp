@@ -2,13 +2,8 @@
 
 #include "bindings.h"
 
-#include "cpu/glu.h"
-
-namespace {
-
 using fuserl::Activation;
 
-// Enumerators arrive by the names that the op uses.
 Activation activation_of(const std::string& name) {
     if (name == "silu") return Activation::kSilu;
     if (name == "gelu") return Activation::kGelu;
@@ -16,6 +11,8 @@ Activation activation_of(const std::string& name) {
     if (name == "relu") return Activation::kRelu;
     throw py::value_error("no activation is named " + name);
 }
+
+namespace {
 
 void forward(const std::string& activation, Dtype dtype, Address gate_up, Size num_rows, Size size,
              Size row_stride, Address out, int num_threads) {

@@ -70,9 +70,11 @@ PYBIND11_MODULE(_native, module) {
                "out_is_new"_a, "num_threads"_a, Unlocked());
     bind_advantages(module);
     bind_decode_attention(module);
+    bind_decoder(module);
     bind_glu(module);
     bind_losses(module);
     bind_norms(module);
+    bind_product(module);
     bind_rotary(module);
     bind_sampling(module);
 }

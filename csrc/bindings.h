@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/dtype.h"
+#include "cpu/glu.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -20,10 +21,15 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
+// Enumerators arrive by the names that the ops use.
+fuserl::Activation activation_of(const std::string& name);
+
 void bind_advantages(py::module_& module);
 void bind_decode_attention(py::module_& module);
+void bind_decoder(py::module_& module);
 void bind_glu(py::module_& module);
 void bind_losses(py::module_& module);
 void bind_norms(py::module_& module);
+void bind_product(py::module_& module);
 void bind_rotary(py::module_& module);
 void bind_sampling(py::module_& module);

@@ -8,6 +8,7 @@
 #include "glu.h"
 #include "losses.h"
 #include "norms.h"
+#include "product.h"
 #include "rotary.h"
 #include "sampling.h"
 #include "token_logprobs.h"
@@ -28,12 +29,15 @@ struct KernelFunctions {
     RotaryFunctions rotary;
     GluFunctions glu;
     AttentionFunctions attention;
+    ProductFunctions products;
 };
 
 extern const KernelFunctions baseline_functions;
 #ifdef FUSERL_X86
 extern const KernelFunctions avx2_functions;
 extern const KernelFunctions avx512_functions;
+// For avx512_functions on machines that have AVX512-BF16 too.
+extern const ProductFunctions avx512_bf16_products;
 #endif
 
 // The best set that this machine has, until set_instruction_set chooses.

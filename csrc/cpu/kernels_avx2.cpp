@@ -18,11 +18,12 @@ using Simd = GenericSimd<8>;
 #include "rotary_kernels.h"
 #include "glu_kernels.h"
 #include "decode_attention_kernels.h"
+#include "product_kernels.h"
 }  // namespace
 
 const KernelFunctions avx2_functions{"avx2", row_functions, advantage_functions, loss_functions,
                                        norm_functions, sampling_functions, rotary_functions,
-                                       glu_functions, attention_functions};
+                                       glu_functions, attention_functions, product_functions};
 
 }  // namespace fuserl
 

@@ -127,11 +127,12 @@ struct Simd : GenericSimd<16> {
 #include "rotary_kernels.h"
 #include "glu_kernels.h"
 #include "decode_attention_kernels.h"
+#include "product_kernels.h"
 }  // namespace
 
 const KernelFunctions avx512_functions{"avx512", row_functions, advantage_functions, loss_functions,
                                        norm_functions, sampling_functions, rotary_functions,
-                                       glu_functions, attention_functions};
+                                       glu_functions, attention_functions, product_functions};
 
 }  // namespace fuserl
 

@@ -15,10 +15,11 @@ using Simd = GenericSimd<4>;
 #include "rotary_kernels.h"
 #include "glu_kernels.h"
 #include "decode_attention_kernels.h"
+#include "product_kernels.h"
 }  // namespace
 
 const KernelFunctions baseline_functions{"baseline", row_functions, advantage_functions, loss_functions,
                                        norm_functions, sampling_functions, rotary_functions,
-                                       glu_functions, attention_functions};
+                                       glu_functions, attention_functions, product_functions};
 
 }  // namespace fuserl

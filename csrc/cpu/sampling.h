@@ -70,6 +70,8 @@ struct SamplingScratch {
 struct SamplingFunctions {
     void (*sample)(const Sampling& task, std::int64_t first, std::int64_t last,
                    SamplingScratch& scratch);
+    // x [count] becomes softcap * tanh(x / softcap), to the bits of token_logprobs' own.
+    void (*cap)(float* x, std::int64_t count, float softcap);
 };
 
 }  // namespace fuserl

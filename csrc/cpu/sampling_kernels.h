@@ -538,4 +538,10 @@ void sample(const Sampling& task, std::int64_t first, std::int64_t last,
     }
 }
 
-constexpr SamplingFunctions sampling_functions{sample};
+void cap(float* x, std::int64_t count, float softcap) {
+    const TanhCap function(softcap);
+    for (std::int64_t i = 0; i < count; i += Simd::kWidth)
+        Simd::store_some(x + i, function(Simd::load_some(x + i, count - i)), count - i);
+}
+
+constexpr SamplingFunctions sampling_functions{sample, cap};

@@ -43,6 +43,15 @@ struct GenericSimd {
         return x;
     }
 
+    // x * y + z, rounded once where the instruction set can.
+    static FUSERL_INLINE Floats multiply_add(Floats x, Floats y, Floats z) {
+#if defined(FUSERL_X86)
+        if constexpr (kLanes == 8) return _mm256_fmadd_ps(x, y, z);
+        if constexpr (kLanes == 16) return _mm512_fmadd_ps(x, y, z);
+#endif
+        return x * y + z;
+    }
+
     // The larger of the two, and x where x is NaN.
     static FUSERL_INLINE Floats at_least(Floats x, Floats bound) {
         return x < bound ? bound : x;

@@ -15,7 +15,8 @@ from fuserl.model.heads import LanguageModel, ScalarModel
 from fuserl.model.hub import resolve_folder
 from fuserl.model.lora import merged
 from fuserl.model.notes import FolderNotes, read_notes, write_notes
-from fuserl.rollout.decode import check_request, check_token_ids, decode
+from fuserl.rollout.decode import decode
+from fuserl.rollout.requests import check_request, check_token_ids
 from fuserl.rollout.sampling import SamplingParams
 from fuserl.sequences import Sequences, completion_logprobs
 from fuserl.tokenizer import Tokenizer, load_tokenizer

@@ -8,6 +8,7 @@ use_backend).
 from fuserl_kernels.advantages import discounted_returns, gae, rewards_to_advantages
 from fuserl_kernels.backend import use_backend
 from fuserl_kernels.decode_attention import decode_attention
+from fuserl_kernels.fixed_linear import fixed_linear
 from fuserl_kernels.glu import glu
 from fuserl_kernels.linear_policy_loss import linear_policy_loss
 from fuserl_kernels.linear_token_logprobs import linear_token_logprobs
@@ -27,6 +28,7 @@ __all__ = [
     "PRESETS",
     "decode_attention",
     "discounted_returns",
+    "fixed_linear",
     "gae",
     "glu",
     "kl_penalty",

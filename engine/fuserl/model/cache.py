@@ -1,54 +1,59 @@
-"""Keys and values of the tokens decoded so far: prompts once, each completion in a slot.
+"""Keys and values: prompts once, each completion in a slot.
 
-Row b of the batch reads its prompt's keys in the prefix arena, shared by all samples of that
-prompt, then those of its own slot. Rows are dropped by dropping their numbers: no key is moved.
+A row of a batch reads its prompt's keys in the arena of prompts, shared by all samples of that
+prompt, then those of its own slot. Which row has which slot is the caller's: rows come and go
+without a key being moved.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fuserl.model.config import DecoderConfig
-from fuserl.model.packing import Packing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheShape:
+    num_slots: int
+    capacity: int  # tokens of a slot
+    num_prompts: int
+    prompt_capacity: int  # tokens of a prompt
+
+    @property
+    def num_tokens(self) -> int:
+        """There is room for, prompts' and completions'."""
+        return self.num_slots * self.capacity + self.num_prompts * self.prompt_capacity
+
+    def num_bytes(self, config: DecoderConfig, dtype: torch.dtype) -> int:
+        """Of the arenas: a key and a value a token, layer and head."""
+        head_bytes = config.num_kv_heads * config.head_dim * dtype.itemsize
+        return 2 * config.num_layers * head_bytes * self.num_tokens
 
 
 class KVCache:
-    """prompts: their packing, [P] sequences. prompt_of_row: [R] int64, ascending. capacity: tokens
-    a completion may have."""
+    """Arenas of keys and values, [num_layers, items, num_kv_heads, capacity, head_dim] each."""
 
     def __init__(
-        self,
-        config: DecoderConfig,
-        prompts: Packing,
-        prompt_of_row: Tensor,
-        capacity: int,
-        dtype: torch.dtype,
+        self, config: DecoderConfig, shape: CacheShape, dtype: torch.dtype, device: torch.device
     ) -> None:
-        device = prompts.device
-        self.prompts = prompts
-        self.prompt_lengths = torch.tensor(prompts.lengths, device=device)
-        self.prompt_of_row = prompt_of_row
-        self.slots = torch.arange(len(prompt_of_row), device=device)  # of each row
-        self.lengths = torch.zeros_like(prompt_of_row)  # of each row's completion so far
-        self.num_positions = prompts.max_length + capacity
-        if config.rope is None:  # an ended row decodes on, unread, but not past a table
+        self.shape = shape
+
+        def arena(items: int, capacity: int) -> Tensor:
+            sizes = (config.num_layers, items, config.num_kv_heads, capacity, config.head_dim)
+            return torch.empty(sizes, dtype=dtype, device=device)
+
+        self.keys = arena(shape.num_slots, shape.capacity)
+        self.values = arena(shape.num_slots, shape.capacity)
+        self.prompt_keys = arena(shape.num_prompts, shape.prompt_capacity)
+        self.prompt_values = arena(shape.num_prompts, shape.prompt_capacity)
+        self.prompt_lengths = torch.zeros(shape.num_prompts, dtype=torch.int64, device=device)
+        # Positions that a row can have; a learned table ends where the model does.
+        self.num_positions = shape.prompt_capacity + shape.capacity
+        if config.rope is None:
             self.num_positions = min(self.num_positions, config.max_positions)
-
-        def arena(rows: int, width: int) -> list[Tensor]:
-            shape = (config.num_layers, rows, config.num_kv_heads, width, config.head_dim)
-            return list(torch.empty(shape, dtype=dtype, device=device))
-
-        self.prefix_keys = arena(len(prompts.lengths), prompts.max_length)
-        self.prefix_values = arena(len(prompts.lengths), prompts.max_length)
-        self.keys = arena(len(prompt_of_row), capacity)
-        self.values = arena(len(prompt_of_row), capacity)
 
     @property
     def num_bytes(self) -> int:
-        arenas = (self.prefix_keys, self.prefix_values, self.keys, self.values)
-        return sum(tensor.nbytes for arena in arenas for tensor in arena)
-
-    def keep(self, rows: Tensor) -> None:
-        """Make these rows the batch ([kept] int64, ascending)."""
-        self.prompt_of_row = self.prompt_of_row[rows]
-        self.slots = self.slots[rows]
-        self.lengths = self.lengths[rows]
+        arenas = (self.keys, self.values, self.prompt_keys, self.prompt_values)
+        return sum(tensor.nbytes for tensor in arenas)

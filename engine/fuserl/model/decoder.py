@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fuserl_kernels as fk
-from fuserl.model.cache import KVCache
 from fuserl.model.config import DecoderConfig
 from fuserl.model.packing import Packing
 from fuserl.model.rotary import RotaryTable
-from fuserl.model.steps import DecodeStep, PackedStep, PrefillStep, Step
+from fuserl.model.steps import PackedStep, Step
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -76,7 +75,8 @@ class Attention(nn.Module):
         self.k_norm = Norm(config, config.head_dim) if config.qk_norm else None
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
-        return self.o_proj(step.attend(self, self.qkv_proj(x)).flatten(1))
+        attended = step.attend(self, step.product(self.qkv_proj, x))
+        return step.product(self.o_proj, attended.flatten(1))
 
     def rotary(
         self, qkv: Tensor, positions: Tensor, num_positions: int
@@ -129,10 +129,12 @@ class MLP(nn.Module):
         self.is_gated = config.gated_mlp
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, step: Step) -> Tensor:
         if self.is_gated:
-            return self.down_proj(fk.glu(self.gate_up_proj(x), activation=self.activation))
-        return self.down_proj(_ACTIVATIONS[self.activation](self.up_proj(x)))
+            inner = fk.glu(step.product(self.gate_up_proj, x), activation=self.activation)
+        else:
+            inner = _ACTIVATIONS[self.activation](step.product(self.up_proj, x))
+        return step.product(self.down_proj, inner)
 
 
 class Layer(nn.Module):
@@ -155,10 +157,10 @@ class Layer(nn.Module):
         if self.is_parallel:
             if self.mlp_norm is not None:
                 normed = self.mlp_norm(stream)
-            return attended + self.mlp(normed), stream
+            return attended + self.mlp(normed, step), stream
         assert self.mlp_norm is not None
         normed, stream = self.mlp_norm.add(attended, stream)
-        branch = self.mlp(normed)
+        branch = self.mlp(normed, step)
         if self.post_mlp_norm is not None:
             branch = self.post_mlp_norm(branch)
         return branch, stream
@@ -175,6 +177,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False  # recompute each layer in the backward pass
+        self.fixed_order = False  # sum as cached decoding does, to the bit: see steps.py
         self.shared_layers = 0  # lowest ones held in common with a policy: see hydra.py
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.rope is None:
@@ -199,22 +202,7 @@ class Decoder(nn.Module):
 
     def forward(self, token_ids: Tensor, packing: Packing) -> Tensor:
         """token_ids: [N] int64, packed. Returns the hidden states after the final norm, [N, D]."""
-        return self.run(token_ids, PackedStep(packing))
-
-    def new_cache(self, prompts: Packing, prompt_of_row: Tensor, capacity: int) -> KVCache:
-        """An empty cache: see KVCache."""
-        return KVCache(self.config, prompts, prompt_of_row, capacity, self.dtype)
-
-    def prefill(self, token_ids: Tensor, cache: KVCache) -> Tensor:
-        """The prompts, [N] packed, into the cache; their hidden states, [N, D]."""
-        return self.run(token_ids, PrefillStep(cache))
-
-    def decode(self, token_ids: Tensor, cache: KVCache) -> Tensor:
-        """One more token of every row, [B], into the cache; its hidden state, [B, D]."""
-        step = DecodeStep(cache)
-        hidden = self.run(token_ids, step)
-        step.advance()
-        return hidden
+        return self.run(token_ids, PackedStep(packing, self.fixed_order))
 
     def run(self, token_ids: Tensor, step: Step) -> Tensor:
         """The whole decoder in one step of any kind. [N] to [N, D], after the final norm."""

@@ -29,15 +29,22 @@ class Packing:
     cu_seqlens: Tensor  # [B + 1] int32: where each sequence starts, and N
     positions: Tensor  # [N] int64: of each token in its sequence
     rows: Tensor  # [N] int64: the sequence of each token
+    prompt_lengths: tuple[int, ...] | None = None  # B: where completions begin, if that is known
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> "Packing":
+    def of(
+        cls,
+        lengths: Sequence[int],
+        device: torch.device | str = "cpu",
+        prompt_lengths: Sequence[int] | None = None,
+    ) -> "Packing":
         """Raises ValueError where a sequence has no token."""
         if not lengths or min(lengths) < 1:
             raise ValueError(f"lengths must be positive, and at least one, got {list(lengths)}")
         rows, positions = rows_and_offsets(lengths, device)
         cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-        return cls(tuple(lengths), cu_seqlens, positions, rows)
+        begin = None if prompt_lengths is None else tuple(prompt_lengths)
+        return cls(tuple(lengths), cu_seqlens, positions, rows, begin)
 
     @property
     def num_tokens(self) -> int:

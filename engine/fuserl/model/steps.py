@@ -1,13 +1,16 @@
-"""One pass over a decoder's layers: which tokens, and where their keys and values are."""
+"""One pass over a decoder's layers: which tokens, where their keys and values are, and how its
+products are made."""
 
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 import fuserl_kernels as fk
 from fuserl.model.attention import packed_attention
 from fuserl.model.cache import KVCache
+from fuserl.model.fixed_attention import fixed_attention
 from fuserl.model.packing import Packing
+from fuserl.model.products import Product, fixed_product, torch_product
 
 
 class Heads(Protocol):
@@ -39,23 +42,29 @@ class Heads(Protocol):
 class Step(Protocol):
     positions: Tensor  # [N] int64: of each token in its sequence
 
+    def product(self, linear: nn.Linear, x: Tensor) -> Tensor:
+        """[N, in] to [N, out]."""
+
     def attend(self, attention: Heads, qkv: Tensor) -> Tensor:
         """[N, (num_heads + 2 num_kv_heads) * head_dim] to [N, num_heads, head_dim]."""
 
 
 class PackedStep:
-    """Training and scoring: a token's keys are in the same pass. Keeps nothing."""
+    """Training and scoring: a token's keys are in the same pass. Keeps nothing.
 
-    def __init__(self, packing: Packing) -> None:
+    fixed: products and attention sum in the order of cached decoding, so that both give the same
+    bits (the packing must say where completions begin).
+    """
+
+    def __init__(self, packing: Packing, fixed: bool = False) -> None:
         self.packing = packing
         self.positions = packing.positions
+        self.product: Product = fixed_product if fixed else torch_product
+        self._attention = fixed_attention if fixed else packed_attention
 
     def attend(self, attention: Heads, qkv: Tensor) -> Tensor:
-        return self._attend(attention, qkv)[0]
-
-    def _attend(self, attention: Heads, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = attention.rotary(qkv, self.positions, self.packing.max_length)
-        out = packed_attention(
+        return self._attention(
             query,
             key,
             value,
@@ -64,33 +73,55 @@ class PackedStep:
             window=attention.window,
             softcap=attention.softcap,
         )
-        return out, key, value
 
 
-class PrefillStep(PackedStep):
-    """The prompts, whose keys go into the cache."""
+class PrefillStep:
+    """Prompts, whose keys go into the cache, and which see themselves there.
 
-    def __init__(self, cache: KVCache) -> None:
-        super().__init__(cache.prompts)
+    prompt_ids: [B] int64, the item of the cache for each sequence of the packing.
+    """
+
+    def __init__(
+        self, packing: Packing, cache: KVCache, prompt_ids: Tensor, product: Product
+    ) -> None:
+        self.positions = packing.positions
+        self.product = product
         self._cache = cache
+        self._items = prompt_ids[packing.rows]
 
     def attend(self, attention: Heads, qkv: Tensor) -> Tensor:
-        out, key, value = self._attend(attention, qkv)
-        where = (self.packing.rows, slice(None), self.positions)
-        self._cache.prefix_keys[attention.layer][where] = key
-        self._cache.prefix_values[attention.layer][where] = value
-        return out
+        cache, layer = self._cache, attention.layer
+        keys, values = cache.prompt_keys[layer], cache.prompt_values[layer]
+        query = attention.rotary_kv_write(
+            qkv, self.positions, cache.num_positions, keys, values, self._items, self.positions
+        )
+        return fk.decode_attention(
+            query,
+            keys,
+            values,
+            self.positions + 1,
+            slots=self._items,
+            scale=attention.scale,
+            window=attention.window,
+            softcap=attention.softcap,
+        )
 
 
 class DecodeStep:
-    """The next token of every row. `advance` ends it."""
+    """The next token of every row.
 
-    def __init__(self, cache: KVCache) -> None:
-        self._cache = cache
-        self._offsets = cache.lengths
-        self._lengths = cache.lengths + 1
-        positions = cache.prompt_lengths[cache.prompt_of_row] + cache.lengths
-        self.positions = positions.clamp(max=cache.num_positions - 1)
+    slots: [B] int64, below 0 for a row that is off: its result is anything, and nothing of it is
+    kept. prompt_ids: [B] int64. lengths: [B] int64, completion tokens already in the slot.
+    """
+
+    def __init__(
+        self, cache: KVCache, slots: Tensor, prompt_ids: Tensor, lengths: Tensor, product: Product
+    ) -> None:
+        self.product = product
+        self._cache, self._slots, self._prompt_ids = cache, slots, prompt_ids
+        self._offsets = lengths
+        positions = cache.prompt_lengths[prompt_ids] + lengths
+        self.positions = positions.clamp(max=cache.num_positions - 1)  # of a row that is off
 
     def attend(self, attention: Heads, qkv: Tensor) -> Tensor:
         cache, layer = self._cache, attention.layer
@@ -100,23 +131,20 @@ class DecodeStep:
             cache.num_positions,
             cache.keys[layer],
             cache.values[layer],
-            cache.slots,
+            self._slots,
             self._offsets,
         )
         return fk.decode_attention(
             query,
             cache.keys[layer],
             cache.values[layer],
-            self._lengths,
-            slots=cache.slots,
-            prefix_keys=cache.prefix_keys[layer],
-            prefix_values=cache.prefix_values[layer],
-            prefix_ids=cache.prompt_of_row,
+            self._offsets + 1,
+            slots=self._slots,
+            prefix_keys=cache.prompt_keys[layer],
+            prefix_values=cache.prompt_values[layer],
+            prefix_ids=self._prompt_ids,
             prefix_lengths=cache.prompt_lengths,
             scale=attention.scale,
             window=attention.window,
             softcap=attention.softcap,
         )
-
-    def advance(self) -> None:
-        self._cache.lengths = self._lengths

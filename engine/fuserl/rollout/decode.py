@@ -1,9 +1,4 @@
-"""The decode loop: ragged prompts in, sampled completions with their log-probabilities out.
-
-Prompts are computed and cached once, whatever the number of samples of each. A row's randomness
-is keyed by (seed, request id, completion index), so its draws do not depend on the rows beside it.
-Rows that ended are dropped from the batch once they are a quarter of it.
-"""
+"""A whole rollout as one rectangular record: ragged prompts in, sampled completions out."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,16 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import fuserl_kernels as fk
 from fuserl.data.batching import pad_rows
-from fuserl.model.config import DecoderConfig
 from fuserl.model.heads import LanguageModel
 from fuserl.model.packing import Packing
-from fuserl.model.trunk_keeper import TrunkKeeper
+from fuserl.rollout.engine import RolloutFacts, generate
+from fuserl.rollout.requests import Completion, End, PromptRequest, check_request
+from fuserl.rollout.runner import RunnerOptions
 from fuserl.rollout.sampling import SamplingParams
-
-KEEP_SHARE = 0.75
-"""Live share of the rows below which the ended ones are dropped from the batch."""
+from fuserl.rollout.stopping import StopRule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,147 +24,103 @@ class Completions:
     prompt_lengths: Tensor  # [R] int64
     token_ids: Tensor  # [R, T] int64, right-padded, EOS included
     lengths: Tensor  # [R] int64, EOS included
-    has_eos: Tensor  # [R] bool
+    has_eos: Tensor  # [R] bool: something but the limit ended it
     logprobs: Tensor  # [R, T] fp32, 0 after the end
+    truncated_logprobs: Tensor  # [R, T] fp32, 0 after the end
+    facts: RolloutFacts
     trunk_states: Tensor | None = None  # [tokens, D]: see RolloutBatch
     trunk_starts: Tensor | None = None  # [R, 2] int64
 
 
-@torch.no_grad()
 def decode(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int | Sequence[int],
     sampling: SamplingParams,
-    eos_token_id: int | None,
+    eos_token_id: int | None = None,
+    stop: StopRule | None = None,
     num_samples: int = 1,
     request_ids: Sequence[int] | None = None,
+    num_slots: int | None = None,
+    kv_budget_bytes: int | None = None,
     on_step: Callable[[], None] | None = None,
+    on_completion: Callable[[Completion], None] | None = None,
     keep_before: int = 0,
 ) -> Completions:
     """Sample `num_samples` completions of every prompt.
 
-    max_new_tokens: one limit, or one a prompt. eos_token_id None: nothing but the limit ends a
-    row. request_ids: one a row (prompt-major), default the row's number. on_step is called
-    before each token and may raise to give the rollout up. keep_before: the layer before which
-    the residual stream of every token is kept, in trunk_states (0: nothing is).
+    max_new_tokens: one limit, or one a prompt. stop: default, the id eos_token_id alone (None:
+    nothing but the limit ends a row). request_ids: one a row (prompt-major), default the row's
+    number. num_slots, kv_budget_bytes, on_step: see engine.generate. on_completion is called with
+    each completion as it finishes. keep_before: the layer before which the residual stream of
+    every token is kept, in trunk_states (0: nothing is).
 
     Raises ValueError for an empty prompt, for a token id outside the vocabulary, for a request
     longer than the model's positions, and for logits that hold no distribution (NaN).
     """
     limits = check_request(model.config, prompts, max_new_tokens)
-    device = model.device
-    rows = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)
-    padded, lengths = (tensor.to(device) for tensor in pad_rows(prompts))
-    limit = torch.tensor(limits, device=device)[rows]
-    if request_ids is None:
-        request_ids = range(len(rows))
-    requests = torch.tensor(list(request_ids), device=device)
-
-    # An ended row decodes on, unread, until it is dropped: its slot has room for that.
-    packing = Packing.of([len(prompt) for prompt in prompts], device)
-    trunk = TrunkKeeper(model.trunk, keep_before) if keep_before else model.trunk
-    cache = trunk.new_cache(packing, rows, max(limits))
-    hidden = trunk.prefill(padded[packing.rows, packing.positions], cache)
-    hidden = hidden[packing.last[rows]]  # [rows, D]
-
-    width = max(limits)
-    token_ids = torch.zeros(len(rows), width, dtype=torch.int64, device=device)
-    logprobs = torch.zeros(len(rows), width, device=device)
-    ended_at = limit.clone()
-    has_eos = torch.zeros(len(rows), dtype=torch.bool, device=device)
-    live = torch.arange(len(rows), device=device)  # the rows of the batch as it stands
-    for step in range(width):
-        if on_step is not None:
-            on_step()
-        logits = model.logits(hidden)
-        drawn, drawn_logprobs, _ = fk.sample_tokens(
-            logits,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            seed=sampling.seed,
-            request_ids=requests[live],
-            positions=torch.full_like(live, step),
+    num_rows = len(prompts) * num_samples
+    ids = list(range(num_rows) if request_ids is None else request_ids)
+    if stop is None:
+        stop = StopRule.of(eos_token_id, vocab_size=model.config.vocab_size)
+    requests = [
+        PromptRequest(
+            ids=prompt,
+            max_new_tokens=limit,
+            request_ids=ids[i * num_samples : (i + 1) * num_samples],
         )
-        # Nothing is picked by a mask here: to count it would wait for the device.
-        running = ended_at[live] > step  # a row that ended is still in the batch until dropped
-        token_ids[live, step] = torch.where(running, drawn, 0)
-        logprobs[live, step] = torch.where(running, drawn_logprobs, 0.0)
-        if eos_token_id is not None:
-            finished = running & (drawn == eos_token_id)
-            has_eos[live] = has_eos[live] | finished
-            ended_at[live] = torch.where(finished, step + 1, ended_at[live])
-        running = ended_at[live] > step + 1
-        # One wait for the device tells both.
-        num_running, num_broken = torch.stack([running.sum(), (drawn < 0).sum()]).tolist()
-        if num_broken:
-            raise ValueError(_no_distribution(requests[live[drawn < 0]], step))
-        if num_running == 0:
-            break
-        if num_running <= KEEP_SHARE * len(live):
-            kept_rows = (~running).argsort(stable=True)[:num_running]
-            cache.keep(kept_rows)
-            live, drawn = live[kept_rows], drawn[kept_rows]
-        hidden = trunk.decode(drawn, cache)
+        for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
+    ]
+    facts = RolloutFacts()
+    options = RunnerOptions(sampling=sampling, stop=stop, keep_before=keep_before)
+    finished: dict[int, Completion] = {}
+    for completion in generate(
+        model,
+        requests,
+        options,
+        num_slots=num_slots,
+        kv_budget_bytes=kv_budget_bytes,
+        on_step=on_step,
+        facts=facts,
+    ):
+        finished[completion.index] = completion
+        if on_completion is not None:
+            on_completion(completion)
+    return _gathered([finished[i] for i in range(num_rows)], prompts, num_samples, facts)
 
-    kept: tuple[Tensor | None, Tensor | None] = (None, None)
-    if isinstance(trunk, TrunkKeeper):
-        last = token_ids.gather(1, ended_at[:, None] - 1).squeeze(1)
-        kept = trunk.finish(last, ended_at, cache)
-    longest = int(ended_at.max())
+
+def _gathered(
+    completions: Sequence[Completion],
+    prompts: Sequence[Sequence[int]],
+    num_samples: int,
+    facts: RolloutFacts,
+) -> Completions:
+    device = completions[0].token_ids.device
+    padded, prompt_lengths = (tensor.to(device) for tensor in pad_rows(prompts))
+    of_row = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)
+    lengths = [len(completion.token_ids) for completion in completions]
+
+    def by_row(rows: Sequence[Tensor]) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+
+    states = starts = None
+    if completions[0].trunk_states is not None:
+        of_prompts = [state for state in facts.prompt_states if state is not None]
+        of_completions = [c.trunk_states for c in completions if c.trunk_states is not None]
+        states = torch.cat([*of_prompts, *of_completions])
+        prompt_starts = Packing.of([len(state) for state in of_prompts], device).starts
+        completion_starts = Packing.of(lengths, device).starts + sum(map(len, of_prompts))
+        starts = torch.stack([prompt_starts[of_row], completion_starts], dim=1)
     return Completions(
-        prompts=padded[rows],
-        prompt_lengths=lengths[rows],
-        token_ids=token_ids[:, :longest],
-        lengths=ended_at,
-        has_eos=has_eos,
-        logprobs=logprobs[:, :longest],
-        trunk_states=kept[0],
-        trunk_starts=kept[1],
-    )
-
-
-def check_request(
-    config: DecoderConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int]
-) -> list[int]:
-    """The limit of each prompt; ValueError, as `decode` says, for what cannot be decoded."""
-    if isinstance(max_new_tokens, int):
-        limits = [max_new_tokens] * len(prompts)
-    else:
-        limits = list(max_new_tokens)
-    if len(limits) != len(prompts):
-        raise ValueError(f"max_new_tokens has {len(limits)} entries for {len(prompts)} prompts")
-    if not limits:
-        raise ValueError("prompts must not be empty")
-    if min(limits) < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {min(limits)}")
-    check_token_ids(config, "prompts", prompts)
-    for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        if not prompt:
-            raise ValueError(f"prompts[{i}] is empty: it needs at least one token")
-        if len(prompt) + limit > config.max_positions:
-            raise ValueError(
-                f"prompts[{i}] has {len(prompt)} tokens; with max_new_tokens {limit} it passes "
-                f"the model's {config.max_positions} positions"
-            )
-    return limits
-
-
-def check_token_ids(config: DecoderConfig, name: str, rows: Sequence[Sequence[int]]) -> None:
-    """ValueError for a token id outside the vocabulary."""
-    for i, row in enumerate(rows):
-        if row and (min(row) < 0 or max(row) >= config.vocab_size):
-            wrong = next(token for token in row if not 0 <= token < config.vocab_size)
-            raise ValueError(
-                f"{name}[{i}] holds token id {wrong}, outside the vocabulary of {config.vocab_size}"
-            )
-
-
-def _no_distribution(request_ids: Tensor, step: int) -> str:
-    return (
-        f"the model's logits hold no distribution (NaN, or all -inf) for request "
-        f"{int(request_ids[0])} at completion token {step}; its weights are probably broken"
+        prompts=padded[of_row],
+        prompt_lengths=prompt_lengths[of_row],
+        token_ids=by_row([completion.token_ids for completion in completions]),
+        lengths=torch.tensor(lengths, device=device),
+        has_eos=torch.tensor([c.end is End.STOP for c in completions], device=device),
+        logprobs=by_row([completion.logprobs for completion in completions]),
+        truncated_logprobs=by_row([completion.truncated_logprobs for completion in completions]),
+        facts=facts,
+        trunk_states=states,
+        trunk_starts=starts,
     )

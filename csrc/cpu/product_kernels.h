@@ -1,0 +1,188 @@
+// The loops of product.h over a struct Simd: a tile of rows and outputs stays in registers while
+// its inputs are walked.
+
+namespace products {
+
+constexpr int kLanesOf = static_cast<int>(Simd::kWidth);
+constexpr int kPanelVectors = static_cast<int>(kPanel) / kLanesOf;
+// As many as the registers hold, with room for a row's element and the weight's vectors.
+constexpr int kTilePanels = kLanesOf == 16 ? 3 : 1;
+constexpr int kTileRows = kLanesOf == 16 ? 8 : kLanesOf == 8 ? 5 : 2;
+constexpr int kTileVectors = kTilePanels * kPanelVectors;
+
+// How a step of the walk multiplies: an input of float32, or two of a narrower dtype.
+template <typename T>
+struct Step {
+    static constexpr int kInputs = 2;
+
+    // The row's two elements, and the products of both with a vector of pairs.
+    using Element = std::uint32_t;
+    static FUSERL_INLINE Element element(const T* row, std::int64_t step) {
+        Element pair;
+        std::memcpy(&pair, row + 2 * step, sizeof pair);
+        return pair;
+    }
+    static FUSERL_INLINE Element last_element(const T* row, std::int64_t step) {
+        return row[2 * step].bits;
+    }
+#ifdef FUSERL_DOT_BF16
+    static FUSERL_INLINE Floats multiply(Floats sum, Element pair, const std::uint32_t* weights) {
+        static_assert(std::is_same_v<T, BFloat16>);
+        return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(pair)),
+                                (__m512bh)_mm512_loadu_si512(weights));
+    }
+#else
+    static FUSERL_INLINE Floats multiply(Floats sum, Element pair, const std::uint32_t* weights) {
+        typename Simd::Words words;
+        std::memcpy(&words, weights, sizeof words);
+        const typename Simd::Words both = typename Simd::Words{} + pair;
+        sum = Simd::multiply_add(low(both), low(words), sum);
+        return Simd::multiply_add(high(both), high(words), sum);
+    }
+    static FUSERL_INLINE Floats low(typename Simd::Words pairs) {
+        return Simd::widen(__builtin_convertvector(pairs & 0xffffu, typename Simd::Halves), T{});
+    }
+    static FUSERL_INLINE Floats high(typename Simd::Words pairs) {
+        return Simd::widen(__builtin_convertvector(pairs >> 16, typename Simd::Halves), T{});
+    }
+#endif
+};
+
+#ifndef FUSERL_DOT_BF16
+template <>
+struct Step<float> {
+    static constexpr int kInputs = 1;
+
+    using Element = float;
+    static FUSERL_INLINE Element element(const float* row, std::int64_t step) { return row[step]; }
+    static FUSERL_INLINE Element last_element(const float* row, std::int64_t step) {
+        return row[step];
+    }
+    static FUSERL_INLINE Floats multiply(Floats sum, Element x, const std::uint32_t* weights) {
+        Floats vector;
+        std::memcpy(&vector, weights, sizeof vector);
+        return Simd::multiply_add(Simd::splat(x), vector, sum);
+    }
+};
+#endif
+
+// Steps [first, last) of kRows rows and kVectors vectors of outputs.
+template <typename T, int kRows, int kVectors>
+FUSERL_INLINE void walk(const T* rows, std::int64_t row_stride, const std::uint32_t* const* panels,
+                        std::int64_t first, std::int64_t last, bool is_cut,
+                        Floats (&sums)[kRows][kVectors]) {
+    using S = Step<T>;
+    FUSERL_PRAGMA(GCC unroll 8)
+    for (int r = 0; r < kRows; ++r) {
+        FUSERL_PRAGMA(GCC unroll 8)
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = Floats{};
+    }
+    const auto add = [&](std::int64_t step, const auto& element) FUSERL_LAMBDA {
+        FUSERL_PRAGMA(GCC unroll 8)
+        for (int r = 0; r < kRows; ++r) {
+            const typename S::Element x = element(rows + r * row_stride, step);
+            FUSERL_PRAGMA(GCC unroll 8)
+            for (int v = 0; v < kVectors; ++v)
+                sums[r][v] = S::multiply(
+                    sums[r][v], x,
+                    panels[v / kPanelVectors] + step * kPanel + v % kPanelVectors * kLanesOf);
+        }
+    };
+    const std::int64_t whole = is_cut ? last - 1 : last;
+    for (std::int64_t step = first; step < whole; ++step)
+        add(step, [](const T* row, std::int64_t s) FUSERL_LAMBDA { return S::element(row, s); });
+    if (is_cut)  // an odd number of inputs: the last pair is half of one
+        add(whole,
+            [](const T* row, std::int64_t s) FUSERL_LAMBDA { return S::last_element(row, s); });
+}
+
+template <typename T>
+FUSERL_INLINE void write(const Product& task, std::int64_t row, std::int64_t column, Floats x) {
+    const std::int64_t count = task.weight.num_outputs - column;
+    if (count <= 0) return;
+    if (task.bias) x = x + Simd::load_some(static_cast<const T*>(task.bias) + column, count);
+    if (task.out_dtype == Dtype::kFloat32)
+        Simd::store_some(static_cast<float*>(task.out) + row * task.out_stride + column, x, count);
+    else
+        Simd::store_some(static_cast<T*>(task.out) + row * task.out_stride + column, x, count);
+}
+
+// kRows rows from `row` on times kPanels panels from `panel` on.
+template <typename T, int kRows, int kPanels>
+void tile(const Product& task, std::int64_t row, std::int64_t panel) {
+    constexpr int kVectors = kPanels * kPanelVectors;
+    constexpr std::int64_t kChainSteps = kChain / Step<T>::kInputs;
+    const PackedWeight& weight = task.weight;
+    const std::int64_t num_steps = weight.panel_rows();
+    const bool is_odd = Step<T>::kInputs == 2 && weight.num_inputs % 2 != 0;
+    const T* rows = static_cast<const T*>(task.rows) + row * task.row_stride;
+    const std::uint32_t* panels[kPanels];
+    for (int p = 0; p < kPanels; ++p)
+        panels[p] = static_cast<const std::uint32_t*>(weight.panels) +
+                    (panel + p) * num_steps * kPanel;
+
+    Floats totals[kRows][kVectors];
+    std::int64_t stop = num_steps < kChainSteps ? num_steps : kChainSteps;
+    walk<T>(rows, task.row_stride, panels, 0, stop, is_odd && stop == num_steps, totals);
+    for (std::int64_t first = stop; first < num_steps; first = stop) {
+        stop = num_steps - first < kChainSteps ? num_steps : first + kChainSteps;
+        Floats sums[kRows][kVectors];
+        walk<T>(rows, task.row_stride, panels, first, stop, is_odd && stop == num_steps, sums);
+        for (int r = 0; r < kRows; ++r)
+            for (int v = 0; v < kVectors; ++v) totals[r][v] += sums[r][v];
+    }
+    for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < kVectors; ++v)
+            write<T>(task, row + r, panel * kPanel + v * kLanesOf, totals[r][v]);
+}
+
+// The last rows, fewer than a tile's.
+template <typename T, int kRows, int kPanels>
+FUSERL_INLINE void last_rows(const Product& task, std::int64_t row, std::int64_t last_row,
+                             std::int64_t panel) {
+    if constexpr (kRows > 0) {
+        if (last_row - row == kRows) return tile<T, kRows, kPanels>(task, row, panel);
+        last_rows<T, kRows - 1, kPanels>(task, row, last_row, panel);
+    }
+}
+
+template <typename T, int kPanels>
+void columns(const Product& task, std::int64_t first_row, std::int64_t last_row,
+             std::int64_t panel) {
+    std::int64_t row = first_row;
+    for (; row + kTileRows <= last_row; row += kTileRows)
+        tile<T, kTileRows, kPanels>(task, row, panel);
+    last_rows<T, kTileRows - 1, kPanels>(task, row, last_row, panel);
+}
+
+template <typename T>
+void multiply_as(const Product& task, std::int64_t first_row, std::int64_t last_row,
+                 std::int64_t first_panel, std::int64_t last_panel) {
+    std::int64_t panel = first_panel;
+    for (; panel + kTilePanels <= last_panel; panel += kTilePanels)
+        columns<T, kTilePanels>(task, first_row, last_row, panel);
+    if constexpr (kTilePanels == 3) {
+        if (last_panel - panel == 2) columns<T, 2>(task, first_row, last_row, panel);
+        if (last_panel - panel == 1) columns<T, 1>(task, first_row, last_row, panel);
+    }
+}
+
+#ifndef FUSERL_DOT_BF16
+void multiply(const Product& task, std::int64_t first_row, std::int64_t last_row,
+              std::int64_t first_panel, std::int64_t last_panel) {
+    switch (task.weight.dtype) {
+        case Dtype::kFloat32:
+            return multiply_as<float>(task, first_row, last_row, first_panel, last_panel);
+        case Dtype::kBFloat16:
+            return multiply_as<BFloat16>(task, first_row, last_row, first_panel, last_panel);
+        case Dtype::kFloat16:
+            return multiply_as<Float16>(task, first_row, last_row, first_panel, last_panel);
+    }
+}
+#endif
+
+}  // namespace products
+
+#ifndef FUSERL_DOT_BF16
+constexpr ProductFunctions product_functions{products::multiply, products::kTilePanels};
+#endif

@@ -1,0 +1,249 @@
+"""Requests in, completions out as they finish: slots that are refilled as they come free.
+
+A prompt is computed once for all its completions and its keys are stored once. A completion depends
+on the weights, its prompt and limit, the sampling rule, the seed and its request id: not on what is
+decoded beside it, nor on order, slots or refills (through transformers' modules, and without the
+compiled kernels, up to the rounding of products that depend on the size of a batch).
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fuserl.model.cache import CacheShape
+from fuserl.model.decoder import Decoder
+from fuserl.model.heads import LanguageModel
+from fuserl.rollout import native_runner
+from fuserl.rollout.live_rows import Ended, NewPrompt, NewRow
+from fuserl.rollout.module_runner import ModuleRunner
+from fuserl.rollout.native_runner import NativeRunner
+from fuserl.rollout.memory import is_out_of_memory
+from fuserl.rollout.plan import plan_cache
+from fuserl.rollout.requests import Completion, End, PromptRequest
+from fuserl.rollout.runner import Runner, RunnerOptions
+from fuserl.rollout.wave_runner import WaveRunner
+from fuserl_kernels import backend
+
+logger = logging.getLogger(__name__)
+
+STEPS_BETWEEN_CALLS = 16
+"""Tokens a row gets, at most, before on_step is asked again."""
+REFILL_SHARE = 8
+"""Slots are refilled once this part of them is free: prompts are computed faster together."""
+
+
+@dataclass(slots=True)
+class RolloutFacts:
+    """What one rollout came to."""
+
+    num_slots: int = 0
+    cache_bytes: int = 0
+    weight_bytes: int = 0
+    """Of copies of the weights that lived as long as the rollout."""
+    prompt_states: list[Tensor | None] = field(default_factory=list)
+    """Of each prompt, in the requests' order: the kept stream, [P, D]."""
+
+
+def generate(
+    model: LanguageModel,
+    requests: Sequence[PromptRequest],
+    options: RunnerOptions,
+    *,
+    num_slots: int | None = None,
+    kv_budget_bytes: int | None = None,
+    on_step: Callable[[], None] | None = None,
+    facts: RolloutFacts | None = None,
+) -> Iterator[Completion]:
+    """Completions in the order in which they finish; `index` says whose they are.
+
+    num_slots: sequences decoded at a time; kv_budget_bytes: for keys and values; defaults: see
+    plan.py. on_step is called every few tokens and may raise to give the rollout up. facts: filled
+    in. When memory runs out, the rollout goes on with half the slots; what had finished stays.
+
+    Raises ValueError for logits that hold no distribution (NaN).
+    """
+    facts = RolloutFacts() if facts is None else facts
+    facts.prompt_states = [None] * len(requests)
+    queue = _Queue(requests)
+    while queue:
+        shape = plan_cache(model, requests, num_slots, kv_budget_bytes)
+        try:
+            runner = make_runner(model)(model, shape, options)
+            facts.num_slots, facts.cache_bytes = shape.num_slots, runner.cache_bytes
+            facts.weight_bytes = runner.weight_bytes
+            yield from _Schedule(runner, queue, options, shape, facts).run(on_step)
+            return
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or shape.num_slots == 1:
+                raise
+            num_slots = shape.num_slots // 2
+            logger.warning(
+                "out of memory with %d sequences at a time: the rollout goes on with %d",
+                shape.num_slots,
+                num_slots,
+            )
+        runner = None  # type: ignore[assignment]  # its memory is needed
+        queue.restart()
+
+
+def make_runner(
+    model: LanguageModel,
+) -> Callable[..., Runner]:
+    """The class that runs a model's rollouts."""
+    if not isinstance(model.trunk, Decoder):
+        return WaveRunner
+    if native_runner.why_not(model) is not None:
+        return ModuleRunner
+    table = {"native": NativeRunner, "triton": ModuleRunner, "reference": ModuleRunner}
+    return backend.select("rollout", table, model.output_weight)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    index: int  # among all requests
+    prompt: int
+    request_id: int
+
+
+class _Queue:
+    """Requests that have not finished, longest limits first: what ends last begins first. The
+    samples of a prompt stand together."""
+
+    def __init__(self, requests: Sequence[PromptRequest]) -> None:
+        self.requests = requests
+        samples, index = [], 0
+        for number, request in enumerate(requests):
+            for request_id in request.request_ids:
+                samples.append(_Sample(index, number, request_id))
+                index += 1
+        samples.sort(key=lambda sample: -requests[sample.prompt].max_new_tokens)
+        self._samples = samples
+        self._finished: set[int] = set()
+        self.waiting = deque(samples)
+
+    def __bool__(self) -> bool:
+        return len(self._finished) < len(self._samples)
+
+    def finish(self, sample: _Sample) -> None:
+        self._finished.add(sample.index)
+
+    def restart(self) -> None:
+        """What is not finished waits again."""
+        self.waiting = deque(s for s in self._samples if s.index not in self._finished)
+
+
+class _Schedule:
+    """Which request is in which slot of one runner."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        queue: _Queue,
+        options: RunnerOptions,
+        shape: CacheShape,
+        facts: RolloutFacts,
+    ) -> None:
+        self._runner, self._queue, self._stop, self._facts = runner, queue, options.stop, facts
+        self._free_slots = list(reversed(range(shape.num_slots)))
+        self._free_items = list(reversed(range(shape.num_prompts)))
+        self._live: dict[int, _Sample] = {}  # by slot
+        self._items: dict[int, int] = {}  # of prompts that are in the cache
+        self._num_live: dict[int, int] = {}  # samples of each of them
+
+    def run(self, on_step: Callable[[], None] | None) -> Iterator[Completion]:
+        while self._queue:
+            if on_step is not None:
+                on_step()
+            self._admit()
+            for ended in self._runner.run(STEPS_BETWEEN_CALLS, self._enough()):
+                yield self._finish(ended)
+            if self._runner.num_flagged:
+                yield from self._stop_by_strings()
+
+    def _enough(self) -> int:
+        """Ended rows that make it worth looking after the others."""
+        if not self._queue.waiting or not self._runner.can_refill:
+            return len(self._live)
+        num_slots = len(self._live) + len(self._free_slots)
+        return max(1, min(len(self._live), num_slots // REFILL_SHARE))
+
+    def _admit(self) -> None:
+        if self._live and not self._runner.can_refill:
+            return
+        waiting = self._queue.waiting
+        prompts: list[NewPrompt] = []
+        numbers: list[int] = []
+        rows: list[NewRow] = []
+        while waiting and self._free_slots:
+            sample = waiting[0]
+            request = self._queue.requests[sample.prompt]
+            if sample.prompt not in self._items:
+                if not self._free_items:
+                    break  # a straggler holds a prompt's place
+                self._items[sample.prompt] = self._free_items.pop()
+                self._num_live[sample.prompt] = 0
+                prompts.append(NewPrompt(self._items[sample.prompt], request.ids))
+                numbers.append(sample.prompt)
+            waiting.popleft()
+            slot = self._free_slots.pop()
+            self._live[slot] = sample
+            self._num_live[sample.prompt] += 1
+            item = self._items[sample.prompt]
+            rows.append(NewRow(slot, item, request.max_new_tokens, sample.request_id))
+        if not rows:
+            return
+        states = self._runner.admit(prompts, rows)
+        for number, state in zip(numbers, states, strict=True):
+            self._facts.prompt_states[number] = state
+
+    def _finish(self, ended: Ended) -> Completion:
+        """Take a row's completion out and free what it held."""
+        sample, rows = self._live.pop(ended.slot), self._runner.rows
+        length, end = ended.length, ended.end
+        if end is End.BROKEN:
+            raise ValueError(
+                f"the model's logits hold no distribution (NaN, or all -inf) for request "
+                f"{sample.request_id} at completion token {length - 1}; its weights are probably "
+                "broken"
+            )
+        token_ids = rows.token_ids[ended.slot, :length].clone()
+        # A row may have gone on behind a stop string before the host looked.
+        if self._stop.strings and (met := self._stop.met_at(token_ids.tolist())) is not None:
+            length, end, token_ids = met, End.STOP, token_ids[:met]
+        completion = Completion(
+            index=sample.index,
+            token_ids=token_ids,
+            logprobs=rows.logprobs[ended.slot, :length].clone(),
+            truncated_logprobs=rows.truncated_logprobs[ended.slot, :length].clone(),
+            end=end,
+            trunk_states=self._runner.kept(ended.slot, length),
+        )
+        self._queue.finish(sample)
+        self._free_slots.append(ended.slot)
+        self._num_live[sample.prompt] -= 1
+        if self._num_live[sample.prompt] == 0 and not self._still_waits(sample.prompt):
+            self._free_items.append(self._items.pop(sample.prompt))
+        return completion
+
+    def _still_waits(self, prompt: int) -> bool:
+        """Samples of a prompt stand together, so that only the first that waits can be one."""
+        waiting = self._queue.waiting
+        return bool(waiting) and waiting[0].prompt == prompt
+
+    def _stop_by_strings(self) -> Iterator[Completion]:
+        """End the rows whose text holds a stop string."""
+        rows = self._runner.rows
+        n = rows.num_rows
+        found = []
+        for slot, length in zip(rows.slots[:n].tolist(), rows.lengths[:n].tolist(), strict=True):
+            met = self._stop.met_at(rows.token_ids[slot, :length].tolist())
+            if met is not None:
+                found.append(Ended(slot, met, End.STOP))
+        if not found:
+            return
+        completions = [self._finish(ended) for ended in found]
+        self._runner.keep(rows.without([ended.slot for ended in found]))
+        yield from completions

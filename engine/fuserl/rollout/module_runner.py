@@ -1,0 +1,189 @@
+"""The rollout through the decoder's own modules: any device, any family of ours.
+
+A step has fixed shapes and waits for the device nowhere: rows that end are turned off in their
+place, and the host looks after a few steps. On CUDA such a step is captured (captured_step.py); on
+a CPU it runs as it is, with weights packed for products in a fixed order where they are compiled.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import fuserl_kernels as fk
+from fuserl.model.cache import CacheShape, KVCache
+from fuserl.model.decoder import Decoder
+from fuserl.model.heads import LanguageModel
+from fuserl.model.packing import Packing
+from fuserl.model.products import PackedProducts, Product, torch_product
+from fuserl.model.steps import DecodeStep, PrefillStep, Step
+from fuserl.rollout.captured_step import CapturedSteps
+from fuserl.rollout.live_rows import Ended, NewPrompt, NewRow
+from fuserl.rollout.polling import Poll
+from fuserl.rollout.requests import End
+from fuserl.rollout.runner import RunnerOptions, allocate_rows, pack_prompts
+from fuserl_kernels import backend, native
+from fuserl_kernels.packed_weight import PackedWeight
+
+KEEP_SHARE = 0.75
+"""Live share of the rows below which the ended ones are dropped from the batch."""
+GRAPH_STEPS = 8
+"""Captured steps between two looks of the host: what a row decodes on after its end, at most, is
+twice that."""
+
+
+class ModuleRunner:
+    """See Runner."""
+
+    can_refill = True
+
+    def __init__(self, model: LanguageModel, shape: CacheShape, options: RunnerOptions) -> None:
+        assert isinstance(model.trunk, Decoder)
+        self._model, self._trunk, self._options = model, model.trunk, options
+        self._cache = KVCache(model.config, shape, model.trunk.dtype, model.device)
+        self.rows = allocate_rows(model, shape)
+        self.cache_bytes, self.weight_bytes, self.num_flagged = self._cache.num_bytes, 0, 0
+        self._product: Product = torch_product
+        self._packed: PackedProducts | None = None
+        if _can_pack(model):
+            self._product = self._packed = PackedProducts(model.trunk, model.output_weight)
+            self.weight_bytes = self._packed.num_bytes
+        device, vocab_size = model.device, model.config.vocab_size
+        self._is_stop = options.stop.stop_table(vocab_size, device)
+        self._is_flag = options.stop.flag_table(vocab_size, device)
+        # By slot, with a row for those that are off.
+        self._final_lengths = torch.zeros(shape.num_slots + 1, dtype=torch.int64, device=device)
+        self._ended_by = torch.zeros(shape.num_slots + 1, dtype=torch.int64, device=device)
+        self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # ended, flagged
+        self._kept: Tensor | None = None
+        if options.keep_before:
+            sizes = (shape.num_slots + 1, shape.capacity, model.config.hidden_size)
+            self._kept = torch.empty(sizes, dtype=model.trunk.dtype, device=device)
+        self._graphs = CapturedSteps(self._step, self.rows) if device.type == "cuda" else None
+
+    @torch.no_grad()
+    def admit(self, prompts: Sequence[NewPrompt], rows: Sequence[NewRow]) -> list[Tensor | None]:
+        kept = self._prefill(prompts) if prompts else []
+        self.rows.start(rows)
+        return kept
+
+    def _prefill(self, prompts: Sequence[NewPrompt]) -> list[Tensor | None]:
+        device = self._model.device
+        token_ids, lengths = pack_prompts(prompts, device)
+        packing = Packing.of(lengths, device)
+        items = torch.tensor([prompt.item for prompt in prompts], device=device)
+        self._cache.prompt_lengths[items] = torch.tensor(lengths, device=device)
+        step = PrefillStep(packing, self._cache, items, self._product)
+        hidden, stream = self._pass(token_ids, step)
+        self.rows.prompt_hidden[items] = hidden[packing.last]
+        return [None] * len(prompts) if stream is None else list(stream.split(lengths))
+
+    def _pass(self, token_ids: Tensor, step: Step) -> tuple[Tensor, Tensor | None]:
+        """Hidden states, and the stream that is to be kept."""
+        if self._kept is None:
+            return self._trunk.run(token_ids, step), None
+        stream = self._trunk.lower(token_ids, step, self._options.keep_before)
+        return self._trunk.upper(stream, step, self._options.keep_before), stream
+
+    @torch.no_grad()
+    def run(self, max_steps: int, enough: int) -> list[Ended]:
+        rows = self.rows
+        self._counts.zero_()
+        self._ended_by.zero_()
+        every = GRAPH_STEPS if self._graphs is not None else 1
+        poll, steps = Poll(self._counts), 0
+        live = rows.num_rows
+        while steps < max_steps:
+            for _ in range(min(every, max_steps - steps)):
+                if self._graphs is not None:
+                    self._graphs.replay(rows.num_rows)
+                else:
+                    self._step(rows.num_rows)
+                steps += 1
+            num_ended, self.num_flagged = poll.look()
+            if num_ended >= min(enough, live) or self.num_flagged:
+                break
+            if live - num_ended <= KEEP_SHARE * rows.num_rows:
+                self._compact()
+        return self._take_ended()
+
+    def _take_ended(self) -> list[Ended]:
+        """The rows that ended since `run` began, and the others moved together."""
+        self._compact()
+        found = torch.stack((self._final_lengths, self._ended_by))[:, :-1].t().tolist()
+        return [
+            Ended(slot, length, End(end)) for slot, (length, end) in enumerate(found) if end != 0
+        ]
+
+    def _compact(self) -> None:
+        live = self.rows.slots[: self.rows.num_rows] >= 0
+        self.rows.keep(live.nonzero().squeeze(1))
+
+    def _step(self, num_rows: int) -> None:
+        """A token for each of the first num_rows rows. Reads and writes arrays that never move, and
+        nothing of what it does depends on what they hold."""
+        rows, sampling = self.rows, self._options.sampling
+        slots, lengths = rows.slots[:num_rows], rows.lengths[:num_rows]
+        hidden = rows.hidden[:num_rows]
+        drawn, logprobs, truncated = fk.sample_tokens(
+            self._logits(hidden),
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            seed=sampling.seed,
+            request_ids=rows.request_ids[:num_rows],
+            positions=lengths,
+        )
+        live = slots >= 0
+        at = torch.where(live, slots, len(rows.slots))  # the last row is for what is off
+        where = (at, lengths.clamp(max=rows.token_ids.shape[1] - 1))
+        rows.token_ids.index_put_(where, drawn)
+        rows.logprobs.index_put_(where, logprobs.float())
+        rows.truncated_logprobs.index_put_(where, truncated.float())
+
+        token_ids = drawn.clamp(min=0)
+        longer = lengths + live
+        end = torch.where(longer >= rows.limits[:num_rows], int(End.LIMIT), 0)
+        if self._is_stop is not None:
+            end = torch.where(self._is_stop[token_ids], int(End.STOP), end)
+        end = torch.where(drawn < 0, int(End.BROKEN), end)
+        end = torch.where(live, end, 0)
+        self._ended_by.index_put_((at,), torch.where(end > 0, end, self._ended_by[at]))
+        self._final_lengths.index_put_((at,), longer)
+        self._counts[0] += (end > 0).sum()
+        if self._is_flag is not None:
+            self._counts[1] += (live & (end == 0) & self._is_flag[token_ids]).sum()
+
+        prompt_ids = rows.prompt_ids[:num_rows]
+        still = torch.where(end > 0, -1, slots)
+        # The stream of a last token is wanted too, where streams are kept.
+        computed = still if self._kept is None else slots
+        step = DecodeStep(self._cache, computed, prompt_ids, where[1], self._product)
+        following, stream = self._pass(token_ids, step)
+        if self._kept is not None and stream is not None:
+            self._kept.index_put_(where, stream)
+        hidden.copy_(following)
+        lengths.copy_(longer)
+        slots.copy_(still)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        if self._packed is None:
+            return self._model.logits(hidden)
+        logits = self._packed.head.linear(hidden, self._model.output_bias, torch.float32)
+        softcap = self._model.config.final_softcap
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    def keep(self, rows: Tensor) -> None:
+        self.rows.keep(rows)
+
+    def kept(self, slot: int, length: int) -> Tensor | None:
+        return None if self._kept is None else self._kept[slot, :length].clone()
+
+
+def _can_pack(model: LanguageModel) -> bool:
+    """Whether this machine and the choice of implementations have products in a fixed order."""
+    if model.device.type != "cpu" or native.why_absent() is not None:
+        return False
+    table = {"native": PackedWeight, "triton": None, "reference": None}
+    return backend.select("packed products", table, model.output_weight) is PackedWeight

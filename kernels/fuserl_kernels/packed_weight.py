@@ -1,0 +1,72 @@
+"""A weight laid out for the CPU's own products: panels of 16 outputs (csrc/cpu/product.h)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from fuserl_kernels import native
+
+_ALIGNMENT = 64  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A copy of a weight [num_outputs, num_inputs], float32, bf16 or fp16, on the CPU."""
+
+    panels: torch.Tensor  # [bytes] uint8, aligned
+    dtype: torch.dtype
+    num_outputs: int
+    num_inputs: int
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> "PackedWeight":
+        """weight: [num_outputs, num_inputs]. RuntimeError without the compiled module."""
+        if weight.stride(1) != 1:
+            weight = weight.contiguous()
+        module, dtype = native.module(), native.dtype(weight)
+        num_outputs, num_inputs = weight.shape
+        num_bytes = module.packed_bytes(dtype, num_outputs, num_inputs)
+        room = torch.empty(num_bytes + _ALIGNMENT, dtype=torch.uint8)
+        start = -room.data_ptr() % _ALIGNMENT
+        panels = room[start : start + num_bytes]
+        module.pack_weight(
+            dtype=dtype,
+            weight=weight.data_ptr(),
+            num_outputs=num_outputs,
+            num_inputs=num_inputs,
+            row_stride=weight.stride(0),
+            panels=panels.data_ptr(),
+            num_threads=torch.get_num_threads(),
+        )
+        return cls(panels, weight.dtype, num_outputs, num_inputs)
+
+    @property
+    def nbytes(self) -> int:
+        return self.panels.nbytes
+
+    def linear(
+        self,
+        x: torch.Tensor,  # [N, num_inputs]
+        bias: torch.Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """x weight^T + bias, [N, num_outputs] of x's dtype or of out_dtype (float32), summed in
+        float32 in an order that depends on num_inputs alone. No gradient."""
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        out = x.new_empty(x.shape[0], self.num_outputs, dtype=out_dtype or x.dtype)
+        native.module().product(
+            rows=x.data_ptr(),
+            num_rows=x.shape[0],
+            row_stride=x.stride(0),
+            panels=self.panels.data_ptr(),
+            dtype=native.dtype(x),
+            num_outputs=self.num_outputs,
+            num_inputs=self.num_inputs,
+            bias=native.address(bias),
+            out=out.data_ptr(),
+            out_dtype=native.dtype(out),
+            out_stride=out.stride(0),
+            num_threads=torch.get_num_threads(),
+        )
+        return out

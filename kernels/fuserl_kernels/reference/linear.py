@@ -1,0 +1,29 @@
+"""The affine map y = x weight^T + bias, and its gradients."""
+
+import torch
+
+from fuserl_kernels.reference.sequences import compute_dtype
+
+
+def linear_fwd(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """[N, K], [M, K], [M] -> [N, M]"""
+    dtype = compute_dtype(x)
+    y = x.to(dtype) @ weight.to(dtype).t()
+    return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
+
+
+def linear_bwd(
+    x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, wants_x: bool, wants_weight: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[N, K], [M, K], [N, M] -> gradients of x [N, K], weight [M, K] and bias [M]; [0] where
+    not wanted."""
+    dtype = compute_dtype(x)
+    grad = grad.to(dtype)
+    none = x.new_empty(0)
+    return (
+        (grad @ weight.to(dtype)).to(x.dtype) if wants_x else none,
+        (grad.t() @ x.to(dtype)).to(x.dtype) if wants_weight else none,
+        grad.sum(0).to(x.dtype) if wants_weight else none,
+    )
