@@ -66,7 +66,7 @@ void prefill(NativeDecoder& decoder, Size num_rows, Address token_ids, Address p
              Address prompt_ids, Address wanted, Size num_wanted, Address hidden,
              Address kept_streams, Address kept_at, int num_threads) {
     const auto* places = at<const std::int64_t>(positions);
-    decoder.forward({num_rows, at<const std::int64_t>(token_ids), places, nullptr,
+    decoder.prefill({num_rows, at<const std::int64_t>(token_ids), places, nullptr,
                      at<const std::int64_t>(prompt_ids), places, at<void>(kept_streams),
                      at<const std::int64_t>(kept_at)},
                     at<const std::int64_t>(wanted), num_wanted, at<void>(hidden), num_threads);

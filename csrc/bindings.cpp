@@ -4,6 +4,7 @@
 #include "bindings.h"
 
 #include "cpu/instruction_set.h"
+#include "cpu/large_pages.h"
 #include "cpu/token_logprobs.h"
 
 namespace {
@@ -46,6 +47,10 @@ void backward(Address logits, Dtype dtype, Size num_rows, Size vocab_size, Size 
         num_threads);
 }
 
+void advise_large_pages(Address memory, Size num_bytes) {
+    fuserl::advise_large_pages(at<void>(memory), num_bytes);
+}
+
 py::dict build_info() {
     return py::dict("compiler"_a = __VERSION__, "instructions"_a = fuserl::instruction_set());
 }
@@ -58,6 +63,7 @@ PYBIND11_MODULE(_native, module) {
         .value("bfloat16", Dtype::kBFloat16)
         .value("float16", Dtype::kFloat16);
     module.def("build_info", &build_info);
+    module.def("advise_large_pages", &advise_large_pages, "memory"_a, "num_bytes"_a);
     module.def("set_instruction_set", &fuserl::set_instruction_set, "name"_a);
     module.def("token_logprobs_forward", &forward, py::kw_only(), "logits"_a, "dtype"_a,
                "num_rows"_a, "vocab_size"_a, "row_stride"_a, "token_ids"_a, "temperatures"_a,

@@ -169,6 +169,19 @@ void NativeDecoder::attend(std::size_t index, const TokenRows& rows, const void*
     decode_attention(task, num_threads);
 }
 
+void NativeDecoder::prefill(const TokenRows& rows, const std::int64_t* wanted,
+                            std::int64_t num_wanted, void* hidden, int num_threads) {
+    with_helpers(num_threads, [&] { forward(rows, wanted, num_wanted, hidden, num_threads); });
+}
+
+std::int64_t NativeDecoder::decode(DecodeRows& rows, const DrawRule& rule, std::int64_t max_steps,
+                                   std::int64_t enough, int num_threads) {
+    std::int64_t steps = 0;
+    with_helpers(num_threads,
+                 [&] { steps = decode_loop(rows, rule, max_steps, enough, num_threads); });
+    return steps;
+}
+
 void NativeDecoder::forward(const TokenRows& rows, const std::int64_t* wanted,
                             std::int64_t num_wanted, void* hidden, int num_threads) {
     const std::int64_t n = rows.num_rows, element = size_of(shape.dtype);
@@ -250,8 +263,9 @@ void NativeDecoder::draw(const DecodeRows& rows, const DrawRule& rule, const Dra
     }
 }
 
-std::int64_t NativeDecoder::decode(DecodeRows& rows, const DrawRule& rule, std::int64_t max_steps,
-                                   std::int64_t enough, int num_threads) {
+std::int64_t NativeDecoder::decode_loop(DecodeRows& rows, const DrawRule& rule,
+                                        std::int64_t max_steps, std::int64_t enough,
+                                        int num_threads) {
     rows.num_ended = rows.num_flagged = 0;
     const std::int64_t capacity = cache.slots.capacity, most = rows.num_rows;
     const Drawn drawn{drawn_ids_.array<std::int64_t>(most), drawn_logprobs_.array<float>(most),

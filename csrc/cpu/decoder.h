@@ -126,7 +126,7 @@ class NativeDecoder {
     std::int64_t kept_layer = 0;  // above the lowest; 0: no stream is kept
 
     // The pass of `rows`; the final hidden states of the rows `wanted` [num_wanted] go to `hidden`.
-    void forward(const TokenRows& rows, const std::int64_t* wanted, std::int64_t num_wanted,
+    void prefill(const TokenRows& rows, const std::int64_t* wanted, std::int64_t num_wanted,
                  void* hidden, int num_threads);
 
     // Draw a token for each live row, take away those that end, and run the others' pass, until
@@ -157,6 +157,10 @@ class NativeDecoder {
         float* truncated_logprobs;
     };
 
+    void forward(const TokenRows& rows, const std::int64_t* wanted, std::int64_t num_wanted,
+                 void* hidden, int num_threads);
+    std::int64_t decode_loop(DecodeRows& rows, const DrawRule& rule, std::int64_t max_steps,
+                             std::int64_t enough, int num_threads);
     void embed(const TokenRows& rows, void* stream) const;
     void keep(const TokenRows& rows, const void* stream) const;
     void norm(const NormWeights& weights, const void* rows, const void* residual, void* out,

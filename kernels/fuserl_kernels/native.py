@@ -41,6 +41,14 @@ def dtype(tensor: torch.Tensor) -> Any:
     return getattr(module().Dtype, str(tensor.dtype).removeprefix("torch."))
 
 
+def advise_large_pages(tensor: torch.Tensor) -> None:
+    """Ask for large pages under a new tensor on the CPU that nobody has written to: walks over
+    memory by small pages spend much of their time on finding them. Without the compiled module
+    nothing happens."""
+    if tensor.device.type == "cpu" and why_absent() is None:
+        module().advise_large_pages(tensor.data_ptr(), tensor.nbytes)
+
+
 def describe() -> str:
     """Compiler and instruction set in use, for a doctor command."""
     return ", ".join(f"{key} {value}" for key, value in module().build_info().items())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fuserl.model.config import DecoderConfig
+from fuserl_kernels import native
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +42,9 @@ class KVCache:
 
         def arena(items: int, capacity: int) -> Tensor:
             sizes = (config.num_layers, items, config.num_kv_heads, capacity, config.head_dim)
-            return torch.empty(sizes, dtype=dtype, device=device)
+            tensor = torch.empty(sizes, dtype=dtype, device=device)
+            native.advise_large_pages(tensor)
+            return tensor
 
         self.keys = arena(shape.num_slots, shape.capacity)
         self.values = arena(shape.num_slots, shape.capacity)
