@@ -15,9 +15,11 @@ from fuserl.conventions import conventions
 from fuserl.metrics import WeightedMean
 from fuserl.model.heads import Critic, LanguageModel
 from fuserl.optimizer import Optimizer
+from fuserl.sampling_gap import LogRatioEnds, gap_of_step
 from fuserl.sequences import Sequences, completion_values
 from fuserl.shaping import whitened
 from fuserl_kernels.presets import Preset
+from fuserl_kernels.reference.policy import LOG_RATIO
 from fuserl_kernels.reference.value import LEAST_SPREAD
 
 LOGGED_AS = {
@@ -41,8 +43,9 @@ def update(
     *,
     seed: int,
 ) -> dict[str, Tensor]:
-    """Train on one shaped batch. Returns metrics as 0-d tensors: means over all updates, and
-    under `first/` those of the first one, where the ratio must be 1.
+    """Train on one shaped batch. Returns metrics as 0-d tensors: means over all updates, under
+    `first/` those of the first one, where the ratio must be 1, and under `sampling/` the gap
+    between sampler and trainer, of the first one's tokens: no weight has moved by then.
 
     seed: of the order of the rows, which is drawn anew for each epoch.
     """
@@ -53,8 +56,15 @@ def update(
         order = torch.randperm(len(batch), generator=generator).to(batch.prompts.device)
         for rows in order.tensor_split(config.num_minibatches):
             found = _step(policy, critic, optimizer, batch.select(rows), config)
-            step = {LOGGED_AS.get(name, name): value for name, value in found.items()}
-            first = first or {f"first/{name}": value for name, value in step.items()}
+            step = {
+                LOGGED_AS.get(name, name): value
+                for name, value in found.items()
+                if name not in LOG_RATIO
+            }
+            first = first or {
+                **{f"first/{name}": value for name, value in step.items()},
+                **gap_of_step(found),
+            }
             totals.add(step, weight=1.0)
     return {**totals.mean(), **first}
 
@@ -74,6 +84,7 @@ def _step(
     value_tokens = _value_loss_mask(batch, preset).sum()
     shares_trunk = critic is not None and critic.trunk is policy.trunk
     totals = WeightedMean()
+    log_ratios = LogRatioEnds()
     predicted: list[Tensor] = []
     aimed: list[Tensor] = []
     for rows in torch.arange(len(batch), device=batch.prompts.device).split(config.microbatch_size):
@@ -100,6 +111,7 @@ def _step(
         around_one = metrics["val/ratio_var"] + (metrics["val/ratio"] - 1).square()
         metrics["val/ratio_var"] = around_one  # a second moment adds up; see below
         totals.add(metrics, weight=part.loss_mask.sum())
+        log_ratios.add(metrics, part.loss_mask)
         if critic is not None:
             assert part.values is not None
             width = part.completions.shape[1]
@@ -118,7 +130,7 @@ def _step(
             totals.add(metrics, weight=learned.sum())
             predicted.append(values.detach()[learned])
             aimed.append(part.returns[learned])
-    found = {**totals.mean(), "num_tokens": policy_tokens.float()}
+    found = {**totals.mean(), **log_ratios.found(), "num_tokens": policy_tokens.float()}
     # Means of microbatches' variances are no variance: these two are made from the whole step.
     found["val/ratio_var"] = found["val/ratio_var"] - (found["val/ratio"] - 1).square()
     if predicted:

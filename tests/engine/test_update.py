@@ -216,6 +216,45 @@ def test_no_trained_token_means_no_loss_and_no_gradient(
         assert torch.equal(weights[f"policy.{name}"], tensor), name
 
 
+@ALGORITHMS
+def test_the_gap_between_sampler_and_trainer(algorithm: str, ready: Callable[..., Ready]) -> None:
+    """Of the first minibatch's trained tokens, a row that was left out in a microbatch of its own
+    among them."""
+    options = config(algorithm, microbatch_size=1, num_epochs=2, num_minibatches=2)
+    policy, critic, batch = ready(options)
+    rows = torch.randperm(NUM, generator=torch.Generator().manual_seed(0)).tensor_split(2)[0]
+    assert not batch.loss_mask[rows].any(1).all(), "a row that trains nothing is among them"
+    gap = torch.rand(batch.logprobs.shape, generator=torch.Generator().manual_seed(1)) - 0.8
+    far = torch.where(batch.loss_mask, gap, 50.0)  # the trainer's are exact: the others move
+    _, metrics = after(
+        policy, critic, dataclasses.replace(batch, logprobs=batch.logprobs - far), options
+    )
+    want = gap[rows][batch.loss_mask[rows]]
+    expected = {
+        "sampling_logp_difference/mean": want.abs().mean(),
+        "sampling_logp_difference/max": want.abs().max(),
+        "importance_sampling_ratio/min": want.exp().min(),
+        "importance_sampling_ratio/mean": want.exp().mean(),
+        "importance_sampling_ratio/max": want.exp().max(),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(metrics[f"sampling/{name}"], value, rtol=1e-4, atol=1e-5)
+    assert not [name for name in metrics if "log_ratio" in name]
+
+
+@ALGORITHMS
+def test_a_sampler_that_is_the_trainer_leaves_no_gap(
+    algorithm: str, ready: Callable[..., Ready]
+) -> None:
+    options = config(algorithm, microbatch_size=3, num_epochs=3)
+    _, metrics = after(*ready(options), options)
+    assert metrics["val/ratio_var"].item() > 1e-6, "the weights moved after the first step"
+    assert metrics["sampling/sampling_logp_difference/max"].item() < 1e-5
+    for end in ("min", "mean", "max"):
+        ratio = metrics[f"sampling/importance_sampling_ratio/{end}"].item()
+        assert ratio == pytest.approx(1.0, abs=1e-5)
+
+
 def test_the_gradient_is_that_of_the_formula(ready: Callable[..., Ready]) -> None:
     """REINFORCE: - sum of advantage times log-probability over tokens, over their count."""
     options = config("reinforce", microbatch_size=3)
