@@ -230,6 +230,14 @@ class RLConfig(TrainConfig):
     """Weight of the KL penalty against the starting policy, in the reward of each token."""
     kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
     """Estimator of the KL penalty."""
+    old_logprobs: Literal["rollout", "recomputed"] = "rollout"
+    """The log-probabilities that ratios start from: those the sampler gave, or those of a forward
+    pass of the trainer over the rollout, before its first update."""
+    importance_correction: Literal["none", "token", "sequence", "mask"] = "none"
+    """Weight of an advantage by exp(recomputed - rollout): of the token or of the whole sequence,
+    cut off at importance_cap; mask: of the token, and 0 outside [1 / cap, cap]."""
+    importance_cap: float = 2.0
+    """Bound of the weights of importance_correction."""
     gamma: float = 1.0
     """Discount of later rewards."""
     gae_lambda: float = 0.95
@@ -292,6 +300,15 @@ class RLConfig(TrainConfig):
                 *("vf_coef", "value_clip_range", "gae_lambda"),
             )
             self._refuse(f"with {self.algorithm}: it does not clip", "clip_range")
+        if not self.importance_cap >= 1:
+            raise ValueError(f"importance_cap must be at least 1, got {self.importance_cap}")
+        if self.old_logprobs == "rollout":
+            self._refuse(
+                "with old_logprobs rollout: the loss's own ratio begins at the sampler",
+                *("importance_correction", "importance_cap"),
+            )
+        if self.importance_correction == "none":
+            self._refuse("without an importance_correction", "importance_cap")
         if self.critic != "separate":
             self._refuse(
                 f"with critic {self.critic}: it starts from the policy's layers", "critic_model"

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fuserl_kernels.reference.policy import MAX_LOG_RATIO
+from fuserl_kernels.reference.policy import MAX_LOG_RATIO, log_ratio_range
 
 
 class LogRatioEnds:
@@ -44,6 +44,20 @@ def gap_of_step(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found["log_ratio/max"],
         found["val/ratio"],
     )
+
+
+def gap_of_tokens(
+    logprobs: Tensor, rollout_logprobs: Tensor, loss_mask: Tensor
+) -> dict[str, Tensor]:
+    """From the trainer's and the rollout's log-probabilities, [B, T]."""
+    log_ratio = torch.where(loss_mask, logprobs - rollout_logprobs, 0).clamp(max=MAX_LOG_RATIO)
+    mean_difference, least, most = log_ratio_range(logprobs, rollout_logprobs, loss_mask)
+    return _named(mean_difference, least, most, masked_mean(log_ratio.exp(), loss_mask))
+
+
+def masked_mean(per_token: Tensor, loss_mask: Tensor) -> Tensor:
+    """Over the trained tokens, 0-d; 0 without one."""
+    return torch.where(loss_mask, per_token, 0).sum() / loss_mask.sum().clamp(min=1)
 
 
 def _named(

@@ -4,6 +4,8 @@ Every loss is divided by the token count of its whole optimizer step, so how row
 microbatches changes memory and nothing else.
 """
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -44,8 +46,9 @@ def update(
     seed: int,
 ) -> dict[str, Tensor]:
     """Train on one shaped batch. Returns metrics as 0-d tensors: means over all updates, under
-    `first/` those of the first one, where the ratio must be 1, and under `sampling/` the gap
-    between sampler and trainer, of the first one's tokens: no weight has moved by then.
+    `first/` those of the first one, where the ratio must be 1, and, where ratios start from the
+    sampler, under `sampling/` the gap between sampler and trainer, of the first one's tokens: no
+    weight has moved by then.
 
     seed: of the order of the rows, which is drawn anew for each epoch.
     """
@@ -61,10 +64,9 @@ def update(
                 for name, value in found.items()
                 if name not in LOG_RATIO
             }
-            first = first or {
-                **{f"first/{name}": value for name, value in step.items()},
-                **gap_of_step(found),
-            }
+            if not first:
+                first = {f"first/{name}": value for name, value in step.items()}
+                first |= gap_of_step(found) if batch.rollout_logprobs is None else {}
             totals.add(step, weight=1.0)
     return {**totals.mean(), **first}
 
@@ -80,6 +82,8 @@ def _step(
     preset = conventions(config)
     if critic is not None and preset.whitening_scope == "minibatch":
         batch = whitened(batch, preset)
+    if batch.importance_weights is not None:
+        batch = dataclasses.replace(batch, advantages=batch.advantages * batch.importance_weights)
     policy_tokens = batch.loss_mask.sum()
     value_tokens = _value_loss_mask(batch, preset).sum()
     shares_trunk = critic is not None and critic.trunk is policy.trunk

@@ -85,6 +85,9 @@ def test_every_field_says_what_it_is(kind: type) -> None:
         (RLConfig, {"temperature": 0.0}, "temperature must be positive"),
         (RLConfig, {"max_new_tokens": 0}, "max_new_tokens must be positive"),
         (RLConfig, {"clip_range": 0.0}, "clip_range must be positive"),
+        (RLConfig, {"old_logprobs": "mine"}, "old_logprobs must be one of"),
+        (RLConfig, {"importance_correction": "both"}, "importance_correction must be one of"),
+        (RLConfig, {"importance_cap": 0.5}, "importance_cap must be at least 1, got 0.5"),
         (RLConfig, {"gamma": 1.5}, r"gamma must be in \[0, 1\], got 1.5"),
         (RLConfig, {"gae_lambda": -0.1}, r"gae_lambda must be in \[0, 1\]"),
         (
@@ -128,6 +131,16 @@ def test_options_that_would_do_nothing_are_refused(
     [name] = option
     with pytest.raises(ValueError, match=f"{name} makes no sense with {algorithm}: {reason}"):
         build(RLConfig, algorithm=algorithm, **option)
+
+
+def test_a_correction_needs_log_probabilities_of_two_kinds() -> None:
+    both = {"importance_correction": "sequence", "importance_cap": 3.0}
+    build(RLConfig, old_logprobs="recomputed", **both)
+    for name, value in both.items():
+        with pytest.raises(ValueError, match=f"{name} makes no sense with old_logprobs rollout: "):
+            build(RLConfig, **{name: value})
+    with pytest.raises(ValueError, match="importance_cap makes no sense without an importance_c"):
+        build(RLConfig, old_logprobs="recomputed", importance_cap=3.0)
 
 
 def test_the_eos_rule_is_of_whole_sequences() -> None:

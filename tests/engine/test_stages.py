@@ -454,10 +454,11 @@ class interrupted_at:
         # A step of RL asks once, before each of 5 tokens, and once after the rollout.
         ("rl", (1, 4, 9, 14), {"num_epochs": 2, "num_minibatches": 2, "num_samples": 2}),
         ("rl", (10,), {"algorithm": "reinforce_baseline"}),
+        ("rl", (9,), {"old_logprobs": "recomputed", "importance_correction": "sequence"}),
         ("sft", (2,), {"dtype": "bfloat16", "frozen_layers": 0.5}),
         ("rl", (9,), {"dtype": "bfloat16", "num_epochs": 2, "num_minibatches": 2}),
     ],
-    ids=["sft", "reward", "ppo", "reinforce", "sft-bf16-frozen", "ppo-bf16"],
+    ids=["sft", "reward", "ppo", "reinforce", "recomputed", "sft-bf16-frozen", "ppo-bf16"],
 )
 def test_stop_anywhere_and_resume_is_the_same_run(
     stage: str,

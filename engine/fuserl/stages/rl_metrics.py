@@ -58,10 +58,11 @@ def hydra_savings(
 
     lengths = (batch.prompt_lengths + batch.completion_lengths).tolist()
     critics = [] if critic is None else [critic]
+    scorers = [reference, *critics] + ([policy] if batch.rollout_logprobs is not None else [])
     flops = step_flops(
         lengths,
         batch.completion_lengths.tolist(),
-        scored=[a_pass(model.trunk) for model in (reference, *critics)],
+        scored=[a_pass(model.trunk) for model in scorers],
         updated=[
             a_pass(policy.trunk),
             *(a_pass(model.trunk) for model in critics if model.trunk is not policy.trunk),
