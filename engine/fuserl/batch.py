@@ -68,7 +68,7 @@ class ScoredBatch(RolloutBatch):
     """loss_mask is all False for a sequence that had no usable score."""
 
     scores: Tensor  # [B], or [B, T] for rewards at every token
-    ref_logprobs: Tensor  # [B, T] fp32
+    ref_logprobs: Tensor | None  # [B, T] fp32; None without a reference
     values: Tensor | None  # [B, T] fp32, of the state before token t; None without a critic
 
 
@@ -78,7 +78,7 @@ class ShapedBatch(ScoredBatch):
 
     applied_scores: Tensor  # [B] fp32, as they entered the rewards: after the missing-EOS rule
     rewards: Tensor  # [B, T] fp32, score and KL penalty
-    kl: Tensor  # [B, T] fp32
+    kl: Tensor | None  # [B, T] fp32; None without a reference
     value_mask: Tensor  # [B, T] bool, loss_mask and the score's slot
     advantages: Tensor  # [B, T] fp32
     returns: Tensor  # [B, T] fp32, of each slot: what the critic learns

@@ -28,6 +28,7 @@ LOGGED_AS = {
     "policy/loss": "loss/policy_avg",
     "policy/approxkl": "policy/approxkl_avg",
     "policy/clipfrac": "policy/clipfrac_avg",
+    "kl": "loss/kl_avg",
     "entropy": "policy/entropy_avg",
     "value/loss": "loss/value_avg",
     "value/clipfrac": "val/clipfrac_avg",
@@ -79,7 +80,7 @@ def _step(
     config: RLConfig,
 ) -> dict[str, Tensor]:
     """One optimizer step over a minibatch."""
-    preset = conventions(config)
+    preset, penalty = conventions(config), config.kl
     if critic is not None and preset.whitening_scope == "minibatch":
         batch = whitened(batch, preset)
     if batch.importance_weights is not None:
@@ -95,6 +96,10 @@ def _step(
         part = batch.select(rows)
         sequences = Sequences.of_batch(part)
         hidden = sequences.hidden_states(policy.trunk)
+        ref_logprobs = None
+        if penalty.loss_coef:
+            assert part.ref_logprobs is not None
+            ref_logprobs = sequences.by_token(part.ref_logprobs)
         loss, metrics = fk.linear_policy_loss(
             hidden.index_select(0, sequences.before),
             policy.output_weight,
@@ -106,9 +111,11 @@ def _step(
             softcap=policy.config.final_softcap,
             temperature=config.temperature,
             denominator=policy_tokens,
+            ref_logprobs=ref_logprobs,
             clip=ALGORITHMS[config.algorithm].clip,
+            kl_coef=penalty.loss_coef,
             entropy_coef=config.entropy_coef,
-            **preset.policy(),
+            **preset.policy(penalty.estimator),
         )
         if not shares_trunk:
             loss.backward()  # before the critic's forward: one graph at a time

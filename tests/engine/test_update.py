@@ -20,7 +20,9 @@ from fuserl.shaping import shape
 from fuserl.update import explained_variance, update
 
 NUM = 10
-ALGORITHMS = pytest.mark.parametrize("algorithm", ["ppo", "reinforce", "reinforce_baseline"])
+ALGORITHMS = pytest.mark.parametrize(
+    "algorithm", ["ppo", "reinforce", "reinforce_baseline", "grpo"]
+)
 Ready = tuple[LanguageModel, ScalarModel | None, ShapedBatch]
 
 
@@ -28,6 +30,8 @@ def config(algorithm: str, **options: Any) -> RLConfig:
     defaults = {"learning_rate": 1e-2, "schedule": "constant", "num_epochs": 1, "warmup_share": 0.0}
     if algorithm == "ppo":
         defaults["vf_coef"] = 0.5
+    if algorithm == "grpo":
+        defaults |= {"num_samples": 2, "kl_coef": 0.1}
     return RLConfig(
         **{"model": "m", "data": "d", "out": "o", "algorithm": algorithm, **defaults, **options}
     )
@@ -273,6 +277,41 @@ def test_the_gradient_is_that_of_the_formula(ready: Callable[..., Ready]) -> Non
     (total / batch.loss_mask.sum()).backward()
     theirs = {f"policy.{name}": p.grad for name, p in model.named_parameters()}
     assert_close(ours, theirs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "reinforce"])
+@pytest.mark.parametrize("kl_coef", [0.0, 2.0])
+def test_the_kl_of_the_loss_is_that_of_the_formula(
+    kl_coef: float, algorithm: str, ready: Callable[..., Ready]
+) -> None:
+    """At the first update: - advantage + kl_coef * k3 against the reference, over tokens."""
+    where = {"kl_in": "loss"} if kl_coef else {}
+    options = config(algorithm, microbatch_size=3, kl_coef=kl_coef, **where)
+    policy, _, batch = ready(options)
+    assert batch.ref_logprobs is not None
+    ours = gradients(policy, None, batch, options)
+    model = copy.deepcopy(policy)
+    loss, total_kl = torch.zeros(()), torch.zeros(())
+    for i in range(NUM):
+        prompt = batch.prompts[i, : batch.prompt_lengths[i]].tolist()
+        completion = batch.completions[i, : batch.completion_lengths[i]].tolist()
+        logits = model.logits(run_one(model, prompt + completion))
+        logprobs = (logits / options.temperature).log_softmax(-1)
+        for t, token in enumerate(completion):
+            if batch.loss_mask[i, t]:
+                own = logprobs[len(prompt) - 1 + t, token]
+                d = own - batch.ref_logprobs[i, t]
+                kl = (-d).exp() - 1 + d
+                loss = loss - batch.advantages[i, t] * (own - batch.logprobs[i, t]).exp()
+                loss = loss + kl_coef * kl
+                total_kl = total_kl + kl.detach()
+    num_tokens = batch.loss_mask.sum()
+    (loss / num_tokens).backward()
+    assert_close(ours, {f"policy.{name}": p.grad for name, p in model.named_parameters()})  # type: ignore[misc]
+    _, metrics = after(policy, None, batch, options)
+    assert ("loss/kl_avg" in metrics) is (kl_coef > 0)
+    if kl_coef:
+        torch.testing.assert_close(metrics["loss/kl_avg"], total_kl / num_tokens, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("vf_coef", [0.1, 1.0])

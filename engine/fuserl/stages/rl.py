@@ -145,6 +145,7 @@ class RLTrainer:
                 )
             recomputed = describe_recomputed(shaped, config)
             saved = hydra_savings(policy.model, models.reference, models.critic, shaped, config)
+            shown = ("objective/scores", *(() if shaped.kl is None else ("objective/kl",)))
             run.log(
                 step,
                 {
@@ -155,7 +156,7 @@ class RLTrainer:
                     **saved,
                     **clock.metrics(shaped),
                 },
-                show=("objective/scores", "objective/kl"),
+                show=shown,
             )
 
     def _prompts(self, policy: Policy) -> list[Prompt]:
