@@ -26,7 +26,7 @@ class RolloutBatch:
     completion_lengths: Tensor  # [B] int64, EOS included
     has_eos: Tensor  # [B] bool
     loss_mask: Tensor  # [B, T] bool
-    logprobs: Tensor  # [B, T] fp32, of the policy that sampled
+    logprobs: Tensor  # [B, T] fp32, of the policy that sampled: what ratios start from
 
     trunk_states: Tensor | None = None
     """[tokens, D], of the decoder's dtype: for a hydra, the residual stream before the first
@@ -34,6 +34,11 @@ class RolloutBatch:
     completions, end to end. `select` leaves it whole: rows are found by trunk_starts."""
     trunk_starts: Tensor | None = None
     """[B, 2] int64: where the row's prompt and its completion begin in trunk_states."""
+
+    rollout_logprobs: Tensor | None = None
+    """[B, T] fp32: the sampler's, where logprobs are recomputed; None where logprobs are they."""
+    importance_weights: Tensor | None = None
+    """[B, T] fp32: constants that the policy's advantages are multiplied by; 0 where masked."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -63,7 +68,7 @@ class ScoredBatch(RolloutBatch):
     """loss_mask is all False for a sequence that had no usable score."""
 
     scores: Tensor  # [B], or [B, T] for rewards at every token
-    ref_logprobs: Tensor  # [B, T] fp32
+    ref_logprobs: Tensor | None  # [B, T] fp32; None without a reference
     values: Tensor | None  # [B, T] fp32, of the state before token t; None without a critic
 
 
@@ -73,7 +78,7 @@ class ShapedBatch(ScoredBatch):
 
     applied_scores: Tensor  # [B] fp32, as they entered the rewards: after the missing-EOS rule
     rewards: Tensor  # [B, T] fp32, score and KL penalty
-    kl: Tensor  # [B, T] fp32
+    kl: Tensor | None  # [B, T] fp32; None without a reference
     value_mask: Tensor  # [B, T] bool, loss_mask and the score's slot
     advantages: Tensor  # [B, T] fp32
     returns: Tensor  # [B, T] fp32, of each slot: what the critic learns

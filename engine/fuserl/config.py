@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from types import NoneType
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from fuserl.algorithms import ALGORITHMS
+from fuserl.algorithms import ALGORITHMS, KLPenalty
 from fuserl.rollout.sampling import SamplingParams
 
 
@@ -204,9 +204,10 @@ class RLConfig(TrainConfig):
 
     reward_model: str | None = None
     """Folder of a reward model. From Python a function may take its place."""
-    algorithm: Literal["ppo", "reinforce", "reinforce_baseline"] = "ppo"
+    algorithm: Literal["ppo", "reinforce", "reinforce_baseline", "grpo"] = "ppo"
     """ppo has a critic and clips; reinforce weighs each token by its return;
-    reinforce_baseline subtracts the batch's mean return first."""
+    reinforce_baseline subtracts the batch's mean return first; grpo clips, and weighs all tokens
+    of a completion by how its score stands among those of its prompt (num_samples)."""
     preset: Literal["n+", "trl", "trlx", "openrlhf", "verl"] = "n+"
     """Whose conventions: where the score stands, missing EOS, whitening, clips. An option that is
     set below wins."""
@@ -215,7 +216,7 @@ class RLConfig(TrainConfig):
     num_samples: int = 1
     """Completions of each prompt."""
     num_epochs: int | None = None
-    """Passes over each rollout. Default: 4 for ppo, 1 for reinforce."""
+    """Passes over each rollout. Default: 4 for ppo, 1 for the others."""
     num_minibatches: int = 1
     """Optimizer steps of one pass."""
     max_new_tokens: int = 64
@@ -226,16 +227,28 @@ class RLConfig(TrainConfig):
     """Of the sampling, and of every log-probability taken after it."""
     reward_at: Literal["sequence", "token"] = "sequence"
     """One score a completion, or one a token."""
-    kl_coef: float = 0.05
-    """Weight of the KL penalty against the starting policy, in the reward of each token."""
-    kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
-    """Estimator of the KL penalty."""
+    kl_coef: float | None = None
+    """Weight of the KL penalty against the starting policy. 0: there is none, no reference is made
+    or run, and its KL is not logged. Default: 0.05, for grpo 0."""
+    kl_in: Literal["reward", "loss"] | None = None
+    """Whether the KL penalty is in the reward of each token, or a term of the loss. Default: the
+    reward, for grpo the loss."""
+    kl_estimator: Literal["k1", "k2", "k3", "abs"] | None = None
+    """Estimator of the KL penalty. Default: k1 in the reward, k3 in the loss."""
+    old_logprobs: Literal["rollout", "recomputed"] = "rollout"
+    """The log-probabilities that ratios start from: those the sampler gave, or those of a forward
+    pass of the trainer over the rollout, before its first update."""
+    importance_correction: Literal["none", "token", "sequence", "mask"] = "none"
+    """Weight of an advantage by exp(recomputed - rollout): of the token or of the whole sequence,
+    cut off at importance_cap; mask: of the token, and 0 outside [1 / cap, cap]."""
+    importance_cap: float = 2.0
+    """Bound of the weights of importance_correction."""
     gamma: float = 1.0
     """Discount of later rewards."""
     gae_lambda: float = 0.95
     """Decay of generalised advantage estimation (ppo)."""
     clip_range: float | None = None
-    """Clip of the policy's ratio around 1 (ppo). Default: the preset's, 0.2."""
+    """Clip of the policy's ratio around 1 (ppo, grpo). Default: the preset's, 0.2."""
     value_clip_range: float | None = None
     """Clip of the critic's move (ppo). Default: the preset's, 0.2 (openrlhf, verl: 0.5)."""
     vf_coef: float = 0.1
@@ -285,13 +298,22 @@ class RLConfig(TrainConfig):
                 f"num_minibatches ({self.num_minibatches}) exceeds the rollout's "
                 f"{self.batch_size * self.num_samples} sequences"
             )
-        if self.algorithm != "ppo":
+        self._check_algorithm()
+        if self.kl.coef == 0:
+            default = "" if self.kl_coef is not None else f" (the default of {self.algorithm})"
             self._refuse(
-                f"with {self.algorithm}: it has no critic",
-                *("critic", "critic_head", "critic_model", "critic_learning_rate"),
-                *("vf_coef", "value_clip_range", "gae_lambda"),
+                f"with kl_coef 0{default}: there is no reference",
+                *("kl_in", "kl_estimator", "reference"),
             )
-            self._refuse(f"with {self.algorithm}: it does not clip", "clip_range")
+        if not self.importance_cap >= 1:
+            raise ValueError(f"importance_cap must be at least 1, got {self.importance_cap}")
+        if self.old_logprobs == "rollout":
+            self._refuse(
+                "with old_logprobs rollout: the loss's own ratio begins at the sampler",
+                *("importance_correction", "importance_cap"),
+            )
+        if self.importance_correction == "none":
+            self._refuse("without an importance_correction", "importance_cap")
         if self.critic != "separate":
             self._refuse(
                 f"with critic {self.critic}: it starts from the policy's layers", "critic_model"
@@ -311,6 +333,38 @@ class RLConfig(TrainConfig):
                 self._refuse(
                     f"with preset {self.preset}: it has no such rule", "missing_eos_penalty"
                 )
+
+    def _check_algorithm(self) -> None:
+        algorithm = ALGORITHMS[self.algorithm]
+        if not algorithm.has_critic:
+            self._refuse(
+                f"with {self.algorithm}: it has no critic",
+                *("critic", "critic_head", "critic_model", "critic_learning_rate"),
+                *("vf_coef", "value_clip_range", "gae_lambda"),
+            )
+        if algorithm.clip == "none":
+            self._refuse(f"with {self.algorithm}: it does not clip", "clip_range")
+        if algorithm.advantage == "group":
+            self._refuse(
+                f"with {self.algorithm}: its advantages are of whole completions",
+                *("reward_at", "gamma", "whiten_rewards"),
+            )
+            if self.num_samples == 1:
+                raise ValueError(
+                    f"num_samples must be at least 2 with {self.algorithm}: a completion is "
+                    "compared with the others of its prompt"
+                )
+
+    @property
+    def kl(self) -> KLPenalty:
+        """The KL penalty, the algorithm's own but for what is set."""
+        algorithm = ALGORITHMS[self.algorithm]
+        place = self.kl_in or algorithm.kl_in
+        return KLPenalty(
+            coef=algorithm.kl_coef if self.kl_coef is None else self.kl_coef,
+            place=place,
+            estimator=self.kl_estimator or ("k3" if place == "loss" else "k1"),
+        )
 
     @property
     def passes(self) -> int:

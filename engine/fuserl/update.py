@@ -4,6 +4,8 @@ Every loss is divided by the token count of its whole optimizer step, so how row
 microbatches changes memory and nothing else.
 """
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -15,15 +17,18 @@ from fuserl.conventions import conventions
 from fuserl.metrics import WeightedMean
 from fuserl.model.heads import Critic, LanguageModel
 from fuserl.optimizer import Optimizer
+from fuserl.sampling_gap import LogRatioEnds, gap_of_step
 from fuserl.sequences import Sequences, completion_values
 from fuserl.shaping import whitened
 from fuserl_kernels.presets import Preset
+from fuserl_kernels.reference.policy import LOG_RATIO
 from fuserl_kernels.reference.value import LEAST_SPREAD
 
 LOGGED_AS = {
     "policy/loss": "loss/policy_avg",
     "policy/approxkl": "policy/approxkl_avg",
     "policy/clipfrac": "policy/clipfrac_avg",
+    "kl": "loss/kl_avg",
     "entropy": "policy/entropy_avg",
     "value/loss": "loss/value_avg",
     "value/clipfrac": "val/clipfrac_avg",
@@ -41,8 +46,10 @@ def update(
     *,
     seed: int,
 ) -> dict[str, Tensor]:
-    """Train on one shaped batch. Returns metrics as 0-d tensors: means over all updates, and
-    under `first/` those of the first one, where the ratio must be 1.
+    """Train on one shaped batch. Returns metrics as 0-d tensors: means over all updates, under
+    `first/` those of the first one, where the ratio must be 1, and, where ratios start from the
+    sampler, under `sampling/` the gap between sampler and trainer, of the first one's tokens: no
+    weight has moved by then.
 
     seed: of the order of the rows, which is drawn anew for each epoch.
     """
@@ -53,8 +60,14 @@ def update(
         order = torch.randperm(len(batch), generator=generator).to(batch.prompts.device)
         for rows in order.tensor_split(config.num_minibatches):
             found = _step(policy, critic, optimizer, batch.select(rows), config)
-            step = {LOGGED_AS.get(name, name): value for name, value in found.items()}
-            first = first or {f"first/{name}": value for name, value in step.items()}
+            step = {
+                LOGGED_AS.get(name, name): value
+                for name, value in found.items()
+                if name not in LOG_RATIO
+            }
+            if not first:
+                first = {f"first/{name}": value for name, value in step.items()}
+                first |= gap_of_step(found) if batch.rollout_logprobs is None else {}
             totals.add(step, weight=1.0)
     return {**totals.mean(), **first}
 
@@ -67,19 +80,26 @@ def _step(
     config: RLConfig,
 ) -> dict[str, Tensor]:
     """One optimizer step over a minibatch."""
-    preset = conventions(config)
+    preset, penalty = conventions(config), config.kl
     if critic is not None and preset.whitening_scope == "minibatch":
         batch = whitened(batch, preset)
+    if batch.importance_weights is not None:
+        batch = dataclasses.replace(batch, advantages=batch.advantages * batch.importance_weights)
     policy_tokens = batch.loss_mask.sum()
     value_tokens = _value_loss_mask(batch, preset).sum()
     shares_trunk = critic is not None and critic.trunk is policy.trunk
     totals = WeightedMean()
+    log_ratios = LogRatioEnds()
     predicted: list[Tensor] = []
     aimed: list[Tensor] = []
     for rows in torch.arange(len(batch), device=batch.prompts.device).split(config.microbatch_size):
         part = batch.select(rows)
         sequences = Sequences.of_batch(part)
         hidden = sequences.hidden_states(policy.trunk)
+        ref_logprobs = None
+        if penalty.loss_coef:
+            assert part.ref_logprobs is not None
+            ref_logprobs = sequences.by_token(part.ref_logprobs)
         loss, metrics = fk.linear_policy_loss(
             hidden.index_select(0, sequences.before),
             policy.output_weight,
@@ -91,15 +111,18 @@ def _step(
             softcap=policy.config.final_softcap,
             temperature=config.temperature,
             denominator=policy_tokens,
+            ref_logprobs=ref_logprobs,
             clip=ALGORITHMS[config.algorithm].clip,
+            kl_coef=penalty.loss_coef,
             entropy_coef=config.entropy_coef,
-            **preset.policy(),
+            **preset.policy(penalty.estimator),
         )
         if not shares_trunk:
             loss.backward()  # before the critic's forward: one graph at a time
         around_one = metrics["val/ratio_var"] + (metrics["val/ratio"] - 1).square()
         metrics["val/ratio_var"] = around_one  # a second moment adds up; see below
         totals.add(metrics, weight=part.loss_mask.sum())
+        log_ratios.add(metrics, part.loss_mask)
         if critic is not None:
             assert part.values is not None
             width = part.completions.shape[1]
@@ -118,7 +141,7 @@ def _step(
             totals.add(metrics, weight=learned.sum())
             predicted.append(values.detach()[learned])
             aimed.append(part.returns[learned])
-    found = {**totals.mean(), "num_tokens": policy_tokens.float()}
+    found = {**totals.mean(), **log_ratios.found(), "num_tokens": policy_tokens.float()}
     # Means of microbatches' variances are no variance: these two are made from the whole step.
     found["val/ratio_var"] = found["val/ratio_var"] - (found["val/ratio"] - 1).square()
     if predicted:

@@ -38,11 +38,13 @@ from fuserl_kernels.policy_options import (
 )
 from fuserl_kernels.projection import Kernels, Projection
 from fuserl_kernels.reference.policy import (
+    LOG_RATIO,
     METRICS,
     CorrectionOptions,
     PolicyOptions,
     aggregation_weights,
     correction_weights,
+    log_ratio_range,
     policy_gradient,
     policy_loss_fwd,
 )
@@ -187,8 +189,9 @@ def forward_by_chunks(
     """choices: the fields of PolicyOptions, then needs_hidden, needs_weight, needs_bias and
     wide_weight_grad.
 
-    Returns loss, metrics in the order of METRICS, and the gradients of hidden, weight and bias
-    ([0] where not needed). The weight's is added to weight_total instead, if that is given."""
+    Returns loss, metrics in the order of METRICS and LOG_RATIO, and the gradients of hidden, weight
+    and bias ([0] where not needed). The weight's is added to weight_total instead, if that is
+    given."""
     options = PolicyOptions(*choices[:-4])
     needs_hidden, needs_weight, needs_bias, wide_weight_grad = choices[-4:]
     projected = (hidden, weight, bias, token_ids, temperatures, temperature, softcap)
@@ -225,8 +228,9 @@ def forward_by_chunks(
         new, entropy, _ = implementation.forward(*projected, flat_mask, True)
         gradients = empty_gradients(hidden, weight, bias, False, False, False, wide_weight_grad)
 
+    new = new.view(loss_mask.shape)
     loss, metrics, *_ = policy_loss_fwd(
-        new.view(loss_mask.shape),
+        new,
         logprobs,
         advantages,
         loss_mask,
@@ -239,6 +243,7 @@ def forward_by_chunks(
         *_UNCORRECTED,
         False,
     )
+    metrics = torch.cat([metrics, log_ratio_range(new, logprobs, loss_mask)])
     return loss, metrics, *gradients
 
 
@@ -304,7 +309,7 @@ def _fake(
 ) -> tuple[torch.Tensor, ...]:
     wide = weight if weight.dtype == torch.float64 else hidden
     return (
-        *fake_loss(wide, len(METRICS)),
+        *fake_loss(wide, len(METRICS) + len(LOG_RATIO)),
         *empty_gradients(hidden, weight, bias, *rest[-4:]),
     )
 
@@ -460,9 +465,11 @@ def linear_policy_loss(
         differentiated as it is, not scaled, and not be computed again by activation checkpointing,
         which would add twice.
 
-    Returns the 0-d loss and the metrics of policy_loss. Gradients reach hidden, weight and bias;
-    they are held from forward to backward in the dtypes of their inputs (the weight's in float32
-    if weight.grad_dtype says so), and handed out once: a second backward raises.
+    Returns the 0-d loss and the metrics of policy_loss, and of the log-ratio of each trained token
+    "log_ratio/abs" (mean of the absolute value), "log_ratio/min" and "log_ratio/max". Gradients
+    reach hidden, weight and bias; they are held from forward to backward in the dtypes of their
+    inputs (the weight's in float32 if weight.grad_dtype says so), and handed out once: a second
+    backward raises.
     """
     check_projection(hidden, weight, bias, token_ids, softcap)
     temperatures, number = checks.temperature(temperature, token_ids)
@@ -527,7 +534,8 @@ def linear_policy_loss(
         loss, metrics = _AccumulatedLoss.apply(*inputs, weight_grad)
     else:
         loss, metrics, *_ = _op(*inputs)
-    named = policy_metrics(metrics, ref_logprobs is not None, True)
+    named = policy_metrics(metrics[: len(METRICS)], ref_logprobs is not None, True)
+    named |= zip(LOG_RATIO, metrics[len(METRICS) :].unbind(), strict=True)
     if corrected is not None:
         num_tokens = loss_mask.sum().clamp(min=1)
         named["correction/weight"] = torch.where(loss_mask, factors, 0).sum() / num_tokens

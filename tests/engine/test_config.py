@@ -85,6 +85,9 @@ def test_every_field_says_what_it_is(kind: type) -> None:
         (RLConfig, {"temperature": 0.0}, "temperature must be positive"),
         (RLConfig, {"max_new_tokens": 0}, "max_new_tokens must be positive"),
         (RLConfig, {"clip_range": 0.0}, "clip_range must be positive"),
+        (RLConfig, {"old_logprobs": "mine"}, "old_logprobs must be one of"),
+        (RLConfig, {"importance_correction": "both"}, "importance_correction must be one of"),
+        (RLConfig, {"importance_cap": 0.5}, "importance_cap must be at least 1, got 0.5"),
         (RLConfig, {"gamma": 1.5}, r"gamma must be in \[0, 1\], got 1.5"),
         (RLConfig, {"gae_lambda": -0.1}, r"gae_lambda must be in \[0, 1\]"),
         (
@@ -130,6 +133,69 @@ def test_options_that_would_do_nothing_are_refused(
         build(RLConfig, algorithm=algorithm, **option)
 
 
+def test_a_correction_needs_log_probabilities_of_two_kinds() -> None:
+    both = {"importance_correction": "sequence", "importance_cap": 3.0}
+    build(RLConfig, old_logprobs="recomputed", **both)
+    for name, value in both.items():
+        with pytest.raises(ValueError, match=f"{name} makes no sense with old_logprobs rollout: "):
+            build(RLConfig, **{name: value})
+    with pytest.raises(ValueError, match="importance_cap makes no sense without an importance_c"):
+        build(RLConfig, old_logprobs="recomputed", importance_cap=3.0)
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ({"gae_lambda": 0.9}, "it has no critic"),
+        ({"vf_coef": 0.5}, "it has no critic"),
+        ({"critic": "shared"}, "it has no critic"),
+        ({"reward_at": "token"}, "its advantages are of whole completions"),
+        ({"gamma": 0.9}, "its advantages are of whole completions"),
+        ({"whiten_rewards": True}, "its advantages are of whole completions"),
+    ],
+)
+def test_what_grpo_has_no_use_for_is_refused(option: dict[str, Any], reason: str) -> None:
+    build(RLConfig, **option)
+    [name] = option
+    with pytest.raises(ValueError, match=f"{name} makes no sense with grpo: {reason}"):
+        build(RLConfig, algorithm="grpo", num_samples=4, **option)
+
+
+def test_grpo_needs_a_group() -> None:
+    build(RLConfig, algorithm="grpo", num_samples=2, clip_range=0.3)
+    with pytest.raises(ValueError, match="num_samples must be at least 2 with grpo"):
+        build(RLConfig, algorithm="grpo")
+
+
+def test_the_kl_penalty_is_the_algorithms_unless_it_is_set() -> None:
+    def found(**options: Any) -> tuple[float, float, str]:
+        kl = build(RLConfig, **options).kl
+        return kl.reward_coef, kl.loss_coef, kl.estimator
+
+    grpo = {"algorithm": "grpo", "num_samples": 2}
+    assert found() == (0.05, 0.0, "k1")
+    assert found(algorithm="reinforce") == (0.05, 0.0, "k1")
+    assert found(**grpo) == (0.0, 0.0, "k3")
+    assert found(**grpo, kl_coef=0.1) == (0.0, 0.1, "k3")
+    assert found(**grpo, kl_coef=0.1, kl_in="reward") == (0.1, 0.0, "k1")
+    assert found(kl_in="loss", kl_coef=0.2) == (0.0, 0.2, "k3")
+    assert found(kl_in="loss", kl_estimator="k2") == (0.0, 0.05, "k2")
+    assert found(kl_coef=0.0) == (0.0, 0.0, "k1")
+
+
+@pytest.mark.parametrize(
+    "option", [{"kl_in": "loss"}, {"kl_estimator": "k3"}, {"reference": "hydra"}]
+)
+def test_without_a_kl_penalty_there_is_no_reference_to_choose(option: dict[str, Any]) -> None:
+    [name] = option
+    options = {"frozen_layers": 1, **option}
+    build(RLConfig, **options)
+    with pytest.raises(ValueError, match=f"{name} makes no sense with kl_coef 0: there is no ref"):
+        build(RLConfig, kl_coef=0.0, **options)
+    with pytest.raises(ValueError, match=rf"{name} .* kl_coef 0 \(the default of grpo\)"):
+        build(RLConfig, algorithm="grpo", num_samples=2, **options)
+
+
 def test_the_eos_rule_is_of_whole_sequences() -> None:
     build(RLConfig, missing_eos_penalty=2.0)
     with pytest.raises(ValueError, match=r'missing_eos_penalty makes no sense with reward_at "tok'):
@@ -138,4 +204,4 @@ def test_the_eos_rule_is_of_whole_sequences() -> None:
 
 def test_every_name_stands_for_something() -> None:
     for algorithm in ALGORITHMS:
-        assert build(RLConfig, algorithm=algorithm).algorithm == algorithm
+        assert build(RLConfig, algorithm=algorithm, num_samples=2).algorithm == algorithm

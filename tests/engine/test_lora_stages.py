@@ -94,7 +94,7 @@ def test_rl_raises_the_reward_with_adapters_alone(
         learning_rate=3e-2,
         schedule="constant",
         max_grad_norm=0.0,
-        kl_coef=0.0,
+        kl_coef=1e-6,
         lora_rank=4,
         lora_alpha=16.0,
     ).train()

@@ -129,6 +129,40 @@ def test_a_reference_copies_only_what_trains(policy_folder: Path, reward_folder:
         assert policy.model.trunk.shared_layers == (reference == "hydra")
 
 
+@pytest.mark.parametrize("options", [{"kl_coef": 0.0}, {"algorithm": "grpo", "num_samples": 2}])
+def test_without_a_kl_penalty_no_reference_is_made(
+    options: dict[str, Any],
+    policy_folder: Path,
+    reward_folder: Path,
+    train: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    _, models = opened(policy_folder, reward_folder, **options)
+    assert models.reference is None
+    summary = train(out=tmp_path, **options)
+    assert "kl" not in summary
+    assert [line for line in numbers(tmp_path) if "objective/kl" in line] == []
+
+
+def test_a_hydra_critic_needs_no_reference(
+    train: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """Its FLOPs are those of a run with one, less the reference's pass; a recomputation is a pass
+    like the reference's, whose layers above the frozen ones run."""
+    options: dict[str, Any] = {"frozen_layers": 1, "critic": "hydra", "steps": 1}
+    train(out=tmp_path / "neither", kl_coef=0.0, **options)
+    train(out=tmp_path / "reference", reference="hydra", **options)
+    train(out=tmp_path / "recomputed", kl_coef=0.0, old_logprobs="recomputed", **options)
+    train(out=tmp_path / "both", reference="hydra", old_logprobs="recomputed", **options)
+    for name in ("hydra/flops", "hydra/naive_flops"):
+        neither, reference, recomputed, both = (
+            numbers(tmp_path / run)[0][name]
+            for run in ("neither", "reference", "recomputed", "both")
+        )
+        assert neither < reference == recomputed
+        assert both - reference == reference - neither
+
+
 def test_a_separate_critic_is_the_reward_model(policy_folder: Path, reward_folder: Path) -> None:
     """With frozen layers the two share them; with another head it is drawn anew."""
     _, models = opened(policy_folder, reward_folder, frozen_layers=1)

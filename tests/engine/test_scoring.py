@@ -12,6 +12,7 @@ from fuserl.batch import RolloutBatch, ScoredBatch
 from fuserl.data.examples import Prompt
 from fuserl.model.heads import LanguageModel, ScalarModel
 from fuserl.scoring import score
+from fuserl.sequences import Sequences
 
 NUM = 6
 
@@ -37,7 +38,7 @@ def scored(
     batch: RolloutBatch,
     prompts: list[Prompt],
     scores: torch.Tensor,
-    reference: LanguageModel,
+    reference: LanguageModel | None,
     critic: ScalarModel | None = None,
     microbatch_size: int = 4,
 ) -> ScoredBatch:
@@ -58,6 +59,27 @@ def test_the_sampling_policy_as_reference_gives_back_its_logprobs(
     found = scored(batch, prompts, torch.zeros(NUM), model)
     assert not found.ref_logprobs.requires_grad
     torch.testing.assert_close(found.ref_logprobs, batch.logprobs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_is_not_there_is_not_run(
+    batch: RolloutBatch,
+    prompts: list[Prompt],
+    make_scalar_model: Callable[..., ScalarModel],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    critic = make_scalar_model(seed=7)
+    found = scored(batch, prompts, torch.zeros(NUM), None, critic)
+    assert found.ref_logprobs is None
+    assert found.values is not None
+
+    def run(*_: object) -> None:
+        raise AssertionError("no model is there to run")
+
+    monkeypatch.setattr(Sequences, "of_batch", run)
+    found = scored(batch, prompts, torch.ones(NUM), None)
+    assert found.ref_logprobs is None
+    assert found.values is None
+    assert found.scores.tolist() == [1.0] * NUM
 
 
 @pytest.mark.parametrize("microbatch_size", [1, 4, 100])

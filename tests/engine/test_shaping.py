@@ -10,7 +10,7 @@ import torch
 
 from fuserl.batch import RolloutBatch, ScoredBatch, ShapedBatch
 from fuserl.config import RLConfig
-from fuserl.shaping import shape
+from fuserl.shaping import group_advantages, shape
 
 PROMPTS = [[5], [6, 7], [8, 9], [10]]
 COMPLETIONS = [[11, 12, 2], [13, 14, 15, 16, 17], [2], [18, 19]]  # EOS: yes, no, yes, no
@@ -142,6 +142,72 @@ def test_the_baseline_is_the_mean_over_the_tokens(batch: ScoredBatch) -> None:
     assert based[mask].mean().item() == pytest.approx(0.0, abs=1e-6)
     torch.testing.assert_close(based[mask], plain[mask] - plain[mask].mean())
     assert (based[~mask] == 0).all()
+
+
+def grpo(**options: Any) -> RLConfig:
+    return config("grpo", num_samples=2, preset="trl", **options)
+
+
+def test_grpo_compares_the_completions_of_a_prompt(batch: ScoredBatch) -> None:
+    """Groups (1, 2) and (-3, 4): the unbiased deviation of two numbers is their distance over the
+    root of 2."""
+    shaped = shape(batch, grpo())
+    small, large = 0.5 / (0.5**0.5 + 1e-4), 3.5 / (24.5**0.5 + 1e-4)
+    for row, advantage in enumerate([-small, small, -large, large]):
+        length = len(COMPLETIONS[row])
+        assert shaped.advantages[row, :length].tolist() == pytest.approx([advantage] * length)
+        assert (shaped.advantages[row, length:] == 0).all()
+    missing = shape(batch, grpo(missing_eos_penalty=2.0))  # rows 1 and 3: 1, 0 and -3, 2
+    large = 2.5 / (12.5**0.5 + 1e-4)
+    firsts = [small, -small, -large, large]
+    assert missing.advantages[:, 0].tolist() == pytest.approx(firsts)
+
+
+def test_the_group_advantage_is_that_of_trl() -> None:
+    """Its formula: mean and torch.std of each row of [groups, num_samples]."""
+    scores, mask = 3 * torch.randn(24), torch.ones(24, 3, dtype=torch.bool)
+    rows = scores.view(4, 6)
+    expected = (rows - rows.mean(1, keepdim=True)) / (rows.std(1, keepdim=True) + 1e-4)
+    found = group_advantages(scores, mask, 6)
+    torch.testing.assert_close(found, expected.view(24, 1).expand(24, 3), rtol=1e-5, atol=1e-6)
+
+
+def test_a_group_of_one_or_of_equal_scores_has_no_advantage() -> None:
+    scores = torch.tensor([0.1, 0.1, 0.1, 5.0, 7.0, 9.0, 1.0, 2.0, 9.0, 4.0, 5.0, 6.0])
+    mask = torch.ones(12, 2, dtype=torch.bool)
+    mask[[3, 4, 8, 9, 10, 11]] = False  # of the groups two, one and all completions are left out
+    found = group_advantages(scores, mask, 3)
+    assert (found[:6] == 0).all()
+    side = 0.5 / (0.5**0.5 + 1e-4)
+    assert found[6:8].flatten().tolist() == pytest.approx([-side, -side, side, side])
+    assert (found[8:] == 0).all()
+
+
+@pytest.mark.parametrize("kl_in", ["reward", "loss"])
+def test_grpo_takes_the_kl_where_it_is_told(kl_in: str, batch: ScoredBatch) -> None:
+    found = shape(batch, grpo(kl_coef=0.5, kl_in=kl_in, kl_estimator="k3"))
+    scores = batch.scores
+    if kl_in == "reward":
+        scores = scores - 0.5 * found.kl.sum(1)  # type: ignore[union-attr]
+    expected = group_advantages(scores, batch.loss_mask, 2)
+    torch.testing.assert_close(found.advantages, expected, rtol=1e-5, atol=1e-6)
+    assert found.kl is not None
+    assert (found.kl[batch.loss_mask] > 0).all()
+    assert torch.equal(found.applied_scores, batch.scores)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "reinforce", "grpo"])
+def test_without_a_reference_all_but_the_kl_is_the_same(algorithm: str, batch: ScoredBatch) -> None:
+    options = config(algorithm, kl_coef=0.0, num_samples=2)
+    without = shape(dataclasses.replace(batch, ref_logprobs=None), options)
+    assert without.kl is None
+    for name in ("rewards", "advantages", "returns", "applied_scores"):
+        assert torch.equal(getattr(without, name), getattr(shape(batch, options), name)), name
+    with pytest.raises(ValueError, match=r"kl_coef 0.3 needs the log-probabilities of a reference"):
+        shape(
+            dataclasses.replace(batch, ref_logprobs=None),
+            config(algorithm, kl_coef=0.3, num_samples=2),
+        )
 
 
 @pytest.mark.parametrize("algorithm", ["reinforce", "ppo"])

@@ -163,7 +163,7 @@ def test_rl_raises_the_reward(algorithm: str, stages: dict[str, Stage], tmp_path
         steps=30,
         batch_size=24,
         learning_rate=1e-2 if algorithm == "ppo" else 3e-2,  # four epochs of a rollout, or one
-        kl_coef=0.0,
+        kl_coef=1e-6,
         monitors={"odd": lambda completion_ids, **_: [float(r[0] % 2) for r in completion_ids]},
     )
     assert summary["scores_first"] < 3.5
@@ -176,6 +176,41 @@ def test_rl_raises_the_reward(algorithm: str, stages: dict[str, Stage], tmp_path
     assert lines[0]["objective/kl"] == pytest.approx(0.0, abs=1e-4)
     assert lines[-1]["objective/kl"] > 0.1
     assert (tmp_path / "critic").exists() == (algorithm == "ppo")
+
+
+def num_even(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
+    return [float(sum(token % 2 == 0 for token in row)) for row in completion_ids]
+
+
+@pytest.mark.parametrize("options", [{}, {"kl_coef": 1e-3}, {"old_logprobs": "recomputed"}])
+def test_grpo_raises_the_reward(
+    options: dict[str, Any], stages: dict[str, Stage], tmp_path: Path
+) -> None:
+    """A score a completion, compared with those of five more of its prompt; by default without a
+    reference, whose KL is then not logged."""
+    summary = stages["rl"](
+        out=tmp_path,
+        reward=num_even,
+        algorithm="grpo",
+        steps=30,
+        batch_size=8,
+        num_samples=6,
+        microbatch_size=48,
+        learning_rate=3e-2,
+        preset="trl",
+        **options,
+    )
+    assert summary["scores_first"] < 3.5
+    assert summary["scores_last"] > 4.0
+    lines = numbers(tmp_path)
+    for line in lines:
+        assert line["first/val/ratio"] == pytest.approx(1.0, abs=1e-4)
+    assert ("objective/kl" in lines[0]) == ("kl" in summary) == ("kl_coef" in options)
+    if "kl_coef" in options:
+        assert lines[0]["objective/kl"] == pytest.approx(0.0, abs=1e-4)
+        assert lines[-1]["objective/kl"] > 0.1
+        assert lines[-1]["loss/kl_avg"] > 0.01
+    assert not (tmp_path / "critic").exists()
 
 
 def test_the_reference_does_not_move(
@@ -454,10 +489,16 @@ class interrupted_at:
         # A step of RL asks once, before each of 5 tokens, and once after the rollout.
         ("rl", (1, 4, 9, 14), {"num_epochs": 2, "num_minibatches": 2, "num_samples": 2}),
         ("rl", (10,), {"algorithm": "reinforce_baseline"}),
+        ("rl", (9,), {"algorithm": "grpo", "num_samples": 3, "num_epochs": 2}),
+        ("rl", (9,), {"algorithm": "grpo", "num_samples": 3, "kl_coef": 0.1}),
+        ("rl", (9,), {"old_logprobs": "recomputed", "importance_correction": "sequence"}),
         ("sft", (2,), {"dtype": "bfloat16", "frozen_layers": 0.5}),
         ("rl", (9,), {"dtype": "bfloat16", "num_epochs": 2, "num_minibatches": 2}),
     ],
-    ids=["sft", "reward", "ppo", "reinforce", "sft-bf16-frozen", "ppo-bf16"],
+    ids=[
+        *("sft", "reward", "ppo", "reinforce", "grpo", "grpo-kl", "recomputed"),
+        *("sft-bf16-frozen", "ppo-bf16"),
+    ],
 )
 def test_stop_anywhere_and_resume_is_the_same_run(
     stage: str,

@@ -20,7 +20,9 @@ from fuserl.shaping import shape
 from fuserl.update import explained_variance, update
 
 NUM = 10
-ALGORITHMS = pytest.mark.parametrize("algorithm", ["ppo", "reinforce", "reinforce_baseline"])
+ALGORITHMS = pytest.mark.parametrize(
+    "algorithm", ["ppo", "reinforce", "reinforce_baseline", "grpo"]
+)
 Ready = tuple[LanguageModel, ScalarModel | None, ShapedBatch]
 
 
@@ -28,6 +30,8 @@ def config(algorithm: str, **options: Any) -> RLConfig:
     defaults = {"learning_rate": 1e-2, "schedule": "constant", "num_epochs": 1, "warmup_share": 0.0}
     if algorithm == "ppo":
         defaults["vf_coef"] = 0.5
+    if algorithm == "grpo":
+        defaults |= {"num_samples": 2, "kl_coef": 0.1}
     return RLConfig(
         **{"model": "m", "data": "d", "out": "o", "algorithm": algorithm, **defaults, **options}
     )
@@ -216,6 +220,45 @@ def test_no_trained_token_means_no_loss_and_no_gradient(
         assert torch.equal(weights[f"policy.{name}"], tensor), name
 
 
+@ALGORITHMS
+def test_the_gap_between_sampler_and_trainer(algorithm: str, ready: Callable[..., Ready]) -> None:
+    """Of the first minibatch's trained tokens, a row that was left out in a microbatch of its own
+    among them."""
+    options = config(algorithm, microbatch_size=1, num_epochs=2, num_minibatches=2)
+    policy, critic, batch = ready(options)
+    rows = torch.randperm(NUM, generator=torch.Generator().manual_seed(0)).tensor_split(2)[0]
+    assert not batch.loss_mask[rows].any(1).all(), "a row that trains nothing is among them"
+    gap = torch.rand(batch.logprobs.shape, generator=torch.Generator().manual_seed(1)) - 0.8
+    far = torch.where(batch.loss_mask, gap, 50.0)  # the trainer's are exact: the others move
+    _, metrics = after(
+        policy, critic, dataclasses.replace(batch, logprobs=batch.logprobs - far), options
+    )
+    want = gap[rows][batch.loss_mask[rows]]
+    expected = {
+        "sampling_logp_difference/mean": want.abs().mean(),
+        "sampling_logp_difference/max": want.abs().max(),
+        "importance_sampling_ratio/min": want.exp().min(),
+        "importance_sampling_ratio/mean": want.exp().mean(),
+        "importance_sampling_ratio/max": want.exp().max(),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(metrics[f"sampling/{name}"], value, rtol=1e-4, atol=1e-5)
+    assert not [name for name in metrics if "log_ratio" in name]
+
+
+@ALGORITHMS
+def test_a_sampler_that_is_the_trainer_leaves_no_gap(
+    algorithm: str, ready: Callable[..., Ready]
+) -> None:
+    options = config(algorithm, microbatch_size=3, num_epochs=3)
+    _, metrics = after(*ready(options), options)
+    assert metrics["val/ratio_var"].item() > 1e-6, "the weights moved after the first step"
+    assert metrics["sampling/sampling_logp_difference/max"].item() < 1e-5
+    for end in ("min", "mean", "max"):
+        ratio = metrics[f"sampling/importance_sampling_ratio/{end}"].item()
+        assert ratio == pytest.approx(1.0, abs=1e-5)
+
+
 def test_the_gradient_is_that_of_the_formula(ready: Callable[..., Ready]) -> None:
     """REINFORCE: - sum of advantage times log-probability over tokens, over their count."""
     options = config("reinforce", microbatch_size=3)
@@ -234,6 +277,41 @@ def test_the_gradient_is_that_of_the_formula(ready: Callable[..., Ready]) -> Non
     (total / batch.loss_mask.sum()).backward()
     theirs = {f"policy.{name}": p.grad for name, p in model.named_parameters()}
     assert_close(ours, theirs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "reinforce"])
+@pytest.mark.parametrize("kl_coef", [0.0, 2.0])
+def test_the_kl_of_the_loss_is_that_of_the_formula(
+    kl_coef: float, algorithm: str, ready: Callable[..., Ready]
+) -> None:
+    """At the first update: - advantage + kl_coef * k3 against the reference, over tokens."""
+    where = {"kl_in": "loss"} if kl_coef else {}
+    options = config(algorithm, microbatch_size=3, kl_coef=kl_coef, **where)
+    policy, _, batch = ready(options)
+    assert batch.ref_logprobs is not None
+    ours = gradients(policy, None, batch, options)
+    model = copy.deepcopy(policy)
+    loss, total_kl = torch.zeros(()), torch.zeros(())
+    for i in range(NUM):
+        prompt = batch.prompts[i, : batch.prompt_lengths[i]].tolist()
+        completion = batch.completions[i, : batch.completion_lengths[i]].tolist()
+        logits = model.logits(run_one(model, prompt + completion))
+        logprobs = (logits / options.temperature).log_softmax(-1)
+        for t, token in enumerate(completion):
+            if batch.loss_mask[i, t]:
+                own = logprobs[len(prompt) - 1 + t, token]
+                d = own - batch.ref_logprobs[i, t]
+                kl = (-d).exp() - 1 + d
+                loss = loss - batch.advantages[i, t] * (own - batch.logprobs[i, t]).exp()
+                loss = loss + kl_coef * kl
+                total_kl = total_kl + kl.detach()
+    num_tokens = batch.loss_mask.sum()
+    (loss / num_tokens).backward()
+    assert_close(ours, {f"policy.{name}": p.grad for name, p in model.named_parameters()})  # type: ignore[misc]
+    _, metrics = after(policy, None, batch, options)
+    assert ("loss/kl_avg" in metrics) is (kl_coef > 0)
+    if kl_coef:
+        torch.testing.assert_close(metrics["loss/kl_avg"], total_kl / num_tokens, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("vf_coef", [0.1, 1.0])

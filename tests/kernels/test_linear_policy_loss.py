@@ -9,6 +9,7 @@ from kernel_testing import opcheck, ragged_mask, runnable
 import fuserl_kernels as fk
 from fuserl_kernels.linear_policy_loss import FORWARD
 from fuserl_kernels.projection import Projection
+from fuserl_kernels.reference.policy import LOG_RATIO
 
 BACKENDS = runnable(FORWARD)
 
@@ -63,7 +64,9 @@ def test_equals_its_parts(backend, rows_per_chunk, level, clip, aggregation, mon
     # A sum of log-ratios multiplies what the products differ by.
     loose = 5.0 if level == "sequence_sum" else 1.0
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(metrics, expected_metrics, atol=1e-5, rtol=1e-5)
+    assert metrics.keys() - expected_metrics.keys() == set(LOG_RATIO)
+    shared = {name: metrics[name] for name in expected_metrics}
+    torch.testing.assert_close(shared, expected_metrics, atol=1e-5, rtol=1e-5)
     for got, want in zip(
         torch.autograd.grad(3 * loss, leaves),
         torch.autograd.grad(3 * expected, leaves),
@@ -103,12 +106,40 @@ def test_variants_equal_policy_loss(backend, name):
             hidden, weight, token_ids, old, advantages, mask, **options
         )
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(metrics, expected_metrics, atol=1e-5, rtol=1e-5)
+    assert metrics.keys() - expected_metrics.keys() == set(LOG_RATIO)
+    shared = {name: metrics[name] for name in expected_metrics}
+    torch.testing.assert_close(shared, expected_metrics, atol=1e-5, rtol=1e-5)
     leaves = (hidden, weight)
     for got, want in zip(
         torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True
     ):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=3e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_range_of_the_log_ratios(backend, grad):
+    """Of the trained tokens alone: whatever an old log-probability is elsewhere, it is not read."""
+    (hidden, weight, _), token_ids, _, advantages, _ = batch()
+    mask = ragged_mask(4, 5, holes=True)
+    new = fk.linear_token_logprobs(hidden, weight, token_ids).detach()
+    gap = torch.rand(4, 5) - 0.8  # both signs, and the greatest distance is below
+    old = torch.where(mask, new - gap, torch.nan)
+    with fk.use_backend(backend), torch.set_grad_enabled(grad):
+        _, metrics = fk.linear_policy_loss(hidden, weight, token_ids, old, advantages, mask)
+        _, one_sided = fk.linear_policy_loss(
+            hidden, weight, token_ids, new - gap.abs() - 0.1, advantages, mask
+        )
+        _, nothing = fk.linear_policy_loss(
+            hidden, weight, token_ids, old, advantages, torch.zeros_like(mask)
+        )
+    want = gap[mask]
+    assert want.min() < -0.5 < 0.05 < want.max()
+    for name, value in zip(LOG_RATIO, (want.abs().mean(), want.min(), want.max()), strict=True):
+        torch.testing.assert_close(metrics[name], value, atol=2e-6, rtol=0.0, msg=name)
+        assert nothing[name].item() == 0
+    least = want.abs().min() + 0.1  # masked slots do not count as 0
+    torch.testing.assert_close(one_sided["log_ratio/min"], least, atol=2e-6, rtol=0.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -300,6 +300,8 @@ def _apart(ours: ShapedBatch, theirs: ShapedBatch) -> float:
         return math.inf
     assert ours.values is not None
     assert theirs.values is not None
+    assert ours.ref_logprobs is not None
+    assert theirs.ref_logprobs is not None
     mask = theirs.loss_mask
     differences = [
         (ours.ref_logprobs - theirs.ref_logprobs)[mask],

@@ -12,6 +12,7 @@ from fuserl.data.examples import Prompt, load_prompts
 from fuserl.data.rows import Source, source_name
 from fuserl.optimizer import Optimizer
 from fuserl.policy import Policy
+from fuserl.recompute import describe_recomputed, recompute
 from fuserl.rewards import FunctionReward, ModelReward, RewardFunction, observe
 from fuserl.rollout.collect import choose_prompts, rollout
 from fuserl.run import Run, prepare_folder
@@ -131,6 +132,9 @@ class RLTrainer:
                     temperature=config.temperature,
                     microbatch_size=config.microbatch_size,
                 )
+            if config.old_logprobs == "recomputed":
+                with clock.lap("recompute"):
+                    scored = recompute(scored, policy.model, config)
             with clock.lap("shape"):
                 shaped = shape(scored, config)
             watched = observe(monitors, shaped, chosen)  # before weights move: it may raise
@@ -139,11 +143,20 @@ class RLTrainer:
                 learned = update(
                     policy.model, models.critic, optimizer, shaped, config, seed=config.seed + step
                 )
+            recomputed = describe_recomputed(shaped, config)
             saved = hydra_savings(policy.model, models.reference, models.critic, shaped, config)
+            shown = ("objective/scores", *(() if shaped.kl is None else ("objective/kl",)))
             run.log(
                 step,
-                {**describe(shaped), **learned, **watched, **saved, **clock.metrics(shaped)},
-                show=("objective/scores", "objective/kl"),
+                {
+                    **describe(shaped),
+                    **recomputed,
+                    **learned,
+                    **watched,
+                    **saved,
+                    **clock.metrics(shaped),
+                },
+                show=shown,
             )
 
     def _prompts(self, policy: Policy) -> list[Prompt]:

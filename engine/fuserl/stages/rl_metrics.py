@@ -13,15 +13,15 @@ from fuserl.batch import RolloutBatch, ShapedBatch
 from fuserl.config import RLConfig
 from fuserl.metrics import read_metrics
 from fuserl.model.decoder import Decoder
-from fuserl.model.flops import Pass, step_flops
+from fuserl.model.flops import Pass, StepFlops, step_flops
 from fuserl.model.freezing import num_frozen
 from fuserl.model.heads import Critic, LanguageModel
 
 
 def describe(batch: ShapedBatch) -> dict[str, Tensor]:
     """What one shaped batch says, under the names users know; KL and entropy are summed over a
-    sequence and averaged over sequences, in nats. Sequences left out enter no mean but that of
-    the lengths."""
+    sequence and averaged over sequences, in nats; without a reference there is no KL. Sequences
+    left out enter no mean but that of the lengths."""
     included = batch.loss_mask.any(1)
 
     def mean(of_sequence: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def describe(batch: ShapedBatch) -> dict[str, Tensor]:
         "objective/raw_scores": mean(
             batch.scores if batch.scores.ndim == 1 else batch.scores.sum(1)
         ),
-        "objective/kl": mean(batch.kl.sum(1)),
+        **({} if batch.kl is None else {"objective/kl": mean(batch.kl.sum(1))}),
         "objective/entropy": mean(-batch.logprobs.sum(1)),
         "objective/rlhf_reward": mean(batch.rewards.sum(1)),
         "objective/completion_length": batch.completion_lengths.float().mean(),
@@ -43,7 +43,7 @@ def describe(batch: ShapedBatch) -> dict[str, Tensor]:
 
 def hydra_savings(
     policy: LanguageModel,
-    reference: LanguageModel,
+    reference: LanguageModel | None,
     critic: Critic | None,
     batch: ShapedBatch,
     config: RLConfig,
@@ -54,14 +54,19 @@ def hydra_savings(
         return {}
 
     def a_pass(trunk: Decoder) -> Pass:
-        return Pass(trunk.config, num_frozen(trunk), trunk.shared_layers > 0)
+        # All of a reference is frozen; where its own layers begin is where the policy's do.
+        own = policy.trunk if reference is not None and trunk is reference.trunk else trunk
+        return Pass(trunk.config, num_frozen(own), trunk.shared_layers > 0)
 
     lengths = (batch.prompt_lengths + batch.completion_lengths).tolist()
+    completion_lengths = batch.completion_lengths.tolist()
     critics = [] if critic is None else [critic]
+    recomputing = policy if batch.rollout_logprobs is not None else None
+    scorers = [model for model in (reference, critic, recomputing) if model is not None]
     flops = step_flops(
         lengths,
-        batch.completion_lengths.tolist(),
-        scored=[a_pass(model.trunk) for model in (reference, *critics)],
+        completion_lengths,
+        scored=[a_pass(model.trunk) for model in scorers],
         updated=[
             a_pass(policy.trunk),
             *(a_pass(model.trunk) for model in critics if model.trunk is not policy.trunk),
@@ -69,6 +74,11 @@ def hydra_savings(
         num_epochs=config.passes,
         head_trains=policy.output_weight.requires_grad,
     )
+    # That counts the reference's vocabulary head in scoring, whether or not there is one.
+    num_heads = sum(model is not None for model in (reference, recomputing))
+    head = 2 * policy.config.hidden_size * policy.config.vocab_size * sum(completion_lengths)
+    others = (num_heads - 1) * head
+    flops = StepFlops(flops.naive + others, flops.hydra + others)
     return {
         "hydra/flops_saved_share": flops.saved_share,
         "hydra/flops": flops.hydra,
@@ -111,15 +121,16 @@ def summarize(metrics_file: Path) -> dict[str, float]:
     def mean(name: str, part: Sequence[Mapping[str, Any]]) -> float:
         return sum(line[name] for line in part) / len(part)
 
-    hydra = {}
+    optional = {}
+    if "objective/kl" in lines[0]:
+        optional["kl"] = mean("objective/kl", lines[-tenth:])
     if "hydra/flops" in lines[0]:
         spent = mean("hydra/flops", lines) / mean("hydra/naive_flops", lines)
-        hydra["hydra/flops_saved_share"] = 1 - spent
+        optional["hydra/flops_saved_share"] = 1 - spent
     return {
         "scores_first": mean("objective/scores", lines[:tenth]),
         "scores_last": mean("objective/scores", lines[-tenth:]),
-        "kl": mean("objective/kl", lines[-tenth:]),
         "excluded": sum(line["objective/excluded"] for line in lines),
         "rollout_tokens_per_second": mean("throughput/rollout_tokens_per_second", lines),
-        **hydra,
+        **optional,
     }

@@ -22,7 +22,7 @@ from fuserl.tokenizer import Tokenizer, load_tokenizer
 
 @dataclass(frozen=True, slots=True)
 class RLModels:
-    reference: LanguageModel
+    reference: LanguageModel | None  # None without a KL penalty
     reward: Reward
     critic: Critic | None  # None for an algorithm without one
 
@@ -43,8 +43,8 @@ def open_models(config: RLConfig, source: str | Path | RewardFunction, policy: P
         critic = _open_critic(config, policy, scorer)
     if scorer is not None:
         scorer.requires_grad_(False)
-    reference = frozen_copy(policy.model)
-    tops = [reference.trunk] if config.reference == "hydra" else []
+    reference = frozen_copy(policy.model) if config.kl.coef else None
+    tops = [reference.trunk] if reference is not None and config.reference == "hydra" else []
     if critic is not None and config.critic == "hydra":
         tops.append(critic.trunk)
     if tops:

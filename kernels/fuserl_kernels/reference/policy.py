@@ -55,6 +55,7 @@ METRICS = (
     "correction/clipfrac",
     "num_tokens",
 )
+LOG_RATIO = ("log_ratio/abs", "log_ratio/min", "log_ratio/max")
 
 
 class PolicyOptions(NamedTuple):
@@ -252,6 +253,26 @@ def policy_gradient(
     _, slope, _, _ = surrogate(new, log_ratio, advantages, options)
     gradient = _logprob_gradient(slope, new, ref, weights, loss_mask, cu_seqlens, options)
     return gradient, -options.entropy_coef * weights if options.entropy_coef else None
+
+
+def log_ratio_range(
+    new_logprobs: torch.Tensor, logprobs: torch.Tensor, loss_mask: torch.Tensor
+) -> torch.Tensor:
+    """Of new_logprobs - logprobs over the trained tokens, in the order of LOG_RATIO, [3]: the mean
+    of the absolute values, the least and the greatest; zeros without a trained token."""
+    dtype = compute_dtype(new_logprobs)
+    log_ratio = torch.where(loss_mask, new_logprobs.to(dtype) - logprobs.to(dtype), 0)
+    if log_ratio.numel() == 0:
+        return log_ratio.new_zeros(3)
+    num_tokens = loss_mask.sum()
+    found = torch.stack(
+        [
+            log_ratio.abs().sum() / num_tokens.clamp(min=1),
+            torch.where(loss_mask, log_ratio, torch.inf).amin(),
+            torch.where(loss_mask, log_ratio, -torch.inf).amax(),
+        ]
+    )
+    return torch.where(num_tokens > 0, found, 0)
 
 
 def policy_loss_fwd(
