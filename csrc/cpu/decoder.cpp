@@ -111,7 +111,7 @@ void NativeDecoder::norm(const NormWeights& weights, const void* rows, const voi
 
 void NativeDecoder::linear(const LinearWeights& weights, const void* rows, void* out,
                            std::int64_t num_rows, int num_threads) const {
-    product({rows, num_rows, weights.weight.num_inputs, weights.weight, weights.bias, out,
+    product({rows, num_rows, weights.weight.num_inputs, 1, weights.weight, weights.bias, out,
              shape.dtype, weights.weight.num_outputs},
             num_threads);
 }
@@ -244,8 +244,8 @@ void NativeDecoder::draw(const DecodeRows& rows, const DrawRule& rule, const Dra
     for (std::int64_t first = 0; first < rows.num_rows; first += kDrawnTogether) {
         const std::int64_t count = std::min(kDrawnTogether, rows.num_rows - first);
         auto* logits = logits_.array<float>(count * vocab_size);
-        product({row_of(rows.hidden, first, row_bytes), count, shape.hidden_size, head.weight,
-                 head.bias, logits, Dtype::kFloat32, vocab_size},
+        product({row_of(rows.hidden, first, row_bytes), count, shape.hidden_size, 1,
+                 head.weight, head.bias, logits, Dtype::kFloat32, vocab_size},
                 num_threads);
         if (shape.final_softcap != 0.0f) {
             const auto cap = kernel_functions().sampling.cap;

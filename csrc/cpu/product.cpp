@@ -55,10 +55,31 @@ void pack_panel(const char* weight, std::int64_t row_bytes, std::int64_t num_row
     }
 }
 
+// The same of a weight whose columns are contiguous: each input's outputs lie together already.
+template <typename T>
+void pack_panel_of_columns(const T* weight, std::int64_t column_stride, std::int64_t num_rows,
+                           std::int64_t num_inputs, T* panel) {
+    constexpr std::int64_t kPerWord = 4 / sizeof(T);
+    if (num_rows < kPanel || num_inputs % kPerWord != 0)
+        std::memset(panel, 0, static_cast<std::size_t>((num_inputs + kPerWord - 1) / kPerWord *
+                                                       kPerWord * kPanel) * sizeof(T));
+    const auto put = [&](std::int64_t count) {
+        for (std::int64_t k = 0; k < num_inputs; ++k) {
+            const T* source = weight + k * column_stride;
+            T* target = panel + k / kPerWord * kPanel * kPerWord + k % kPerWord;
+            for (std::int64_t r = 0; r < count; ++r) target[r * kPerWord] = source[r];
+        }
+    };
+    if (num_rows == kPanel)
+        put(kPanel);  // a size that the compiler knows
+    else
+        put(num_rows);
+}
+
 }  // namespace
 
 void pack_weight(const PackedWeight& packed, const void* weight, std::int64_t row_stride,
-                 int num_threads) {
+                 std::int64_t column_stride, int num_threads) {
     const bool is_wide = packed.dtype == Dtype::kFloat32;
     const std::int64_t words = is_wide ? packed.num_inputs : packed.num_inputs / 2;
     const bool has_half = !is_wide && packed.num_inputs % 2 != 0;
@@ -68,10 +89,22 @@ void pack_weight(const PackedWeight& packed, const void* weight, std::int64_t ro
     const std::int64_t panel_words = packed.panel_rows() * kPanel;
     parallel_rows(packed.num_panels(), panel_words, num_threads,
                   [&](std::int64_t first, std::int64_t last) {
-                      for (std::int64_t p = first; p < last; ++p)
-                          pack_panel(static_cast<const char*>(weight) + p * kPanel * row_bytes,
-                                     row_bytes, std::min(kPanel, packed.num_outputs - p * kPanel),
-                                     words, has_half, panels + p * panel_words);
+                      for (std::int64_t p = first; p < last; ++p) {
+                          const char* source =
+                              static_cast<const char*>(weight) + p * kPanel * row_bytes;
+                          std::uint32_t* panel = panels + p * panel_words;
+                          const std::int64_t rows =
+                              std::min(kPanel, packed.num_outputs - p * kPanel);
+                          if (column_stride == 1)
+                              pack_panel(source, row_bytes, rows, words, has_half, panel);
+                          else if (is_wide)
+                              pack_panel_of_columns(reinterpret_cast<const std::uint32_t*>(source),
+                                                    column_stride, rows, packed.num_inputs, panel);
+                          else
+                              pack_panel_of_columns(reinterpret_cast<const std::uint16_t*>(source),
+                                                    column_stride, rows, packed.num_inputs,
+                                                    reinterpret_cast<std::uint16_t*>(panel));
+                      }
                   });
 }
 

@@ -31,14 +31,15 @@ struct PackedWeight {
     std::int64_t num_bytes() const { return num_panels() * panel_rows() * kPanel * 4; }
 };
 
-// Fill packed.panels, 64-byte aligned, from a weight of unit column stride; row_stride in elements.
+// Fill packed.panels, 64-byte aligned, from a weight of which one stride, in elements, is 1.
 void pack_weight(const PackedWeight& packed, const void* weight, std::int64_t row_stride,
-                 int num_threads);
+                 std::int64_t column_stride, int num_threads);
 
 struct Product {
-    const void* rows;  // [num_rows, num_inputs] of the weight's dtype, the last stride 1
+    const void* rows;  // [num_rows, num_inputs] of the weight's dtype
     std::int64_t num_rows;
-    std::int64_t row_stride;  // in elements
+    std::int64_t row_stride;    // in elements
+    std::int64_t input_stride;  // likewise; 1 for two-byte elements
     PackedWeight weight;
     const void* bias;  // [num_outputs] of the weight's dtype, or null
     void* out;         // [num_rows, num_outputs], the last stride 1

@@ -17,14 +17,12 @@ struct Step {
 
     // The row's two elements, and the products of both with a vector of pairs.
     using Element = std::uint32_t;
-    static FUSERL_INLINE Element element(const T* row, std::int64_t step) {
+    static FUSERL_INLINE Element element(const T* source) {
         Element pair;
-        std::memcpy(&pair, row + 2 * step, sizeof pair);
+        std::memcpy(&pair, source, sizeof pair);
         return pair;
     }
-    static FUSERL_INLINE Element last_element(const T* row, std::int64_t step) {
-        return row[2 * step].bits;
-    }
+    static FUSERL_INLINE Element last_element(const T* source) { return source->bits; }
 #ifdef FUSERL_DOT_BF16
     static FUSERL_INLINE Floats multiply(Floats sum, Element pair, const std::uint32_t* weights) {
         static_assert(std::is_same_v<T, BFloat16>);
@@ -54,10 +52,8 @@ struct Step<float> {
     static constexpr int kInputs = 1;
 
     using Element = float;
-    static FUSERL_INLINE Element element(const float* row, std::int64_t step) { return row[step]; }
-    static FUSERL_INLINE Element last_element(const float* row, std::int64_t step) {
-        return row[step];
-    }
+    static FUSERL_INLINE Element element(const float* source) { return *source; }
+    static FUSERL_INLINE Element last_element(const float* source) { return *source; }
     static FUSERL_INLINE Floats multiply(Floats sum, Element x, const std::uint32_t* weights) {
         Floats vector;
         std::memcpy(&vector, weights, sizeof vector);
@@ -68,7 +64,7 @@ struct Step<float> {
 
 // Steps [first, last) of kRows rows and kVectors vectors of outputs.
 template <typename T, int kRows, int kVectors>
-FUSERL_INLINE void walk(const T* rows, std::int64_t row_stride, const std::uint32_t* const* panels,
+FUSERL_INLINE void walk(const Product& task, const T* rows, const std::uint32_t* const* panels,
                         std::int64_t first, std::int64_t last, bool is_cut,
                         Floats (&sums)[kRows][kVectors]) {
     using S = Step<T>;
@@ -77,10 +73,12 @@ FUSERL_INLINE void walk(const T* rows, std::int64_t row_stride, const std::uint3
         FUSERL_PRAGMA(GCC unroll 8)
         for (int v = 0; v < kVectors; ++v) sums[r][v] = Floats{};
     }
-    const auto add = [&](std::int64_t step, const auto& element) FUSERL_LAMBDA {
+    const std::int64_t row_stride = task.row_stride;
+    const std::int64_t step_stride = S::kInputs == 2 ? 2 : task.input_stride;
+    const auto add = [&](std::int64_t step, const T* source, const auto& element) FUSERL_LAMBDA {
         FUSERL_PRAGMA(GCC unroll 8)
         for (int r = 0; r < kRows; ++r) {
-            const typename S::Element x = element(rows + r * row_stride, step);
+            const typename S::Element x = element(source + r * row_stride);
             FUSERL_PRAGMA(GCC unroll 8)
             for (int v = 0; v < kVectors; ++v)
                 sums[r][v] = S::multiply(
@@ -89,11 +87,11 @@ FUSERL_INLINE void walk(const T* rows, std::int64_t row_stride, const std::uint3
         }
     };
     const std::int64_t whole = is_cut ? last - 1 : last;
-    for (std::int64_t step = first; step < whole; ++step)
-        add(step, [](const T* row, std::int64_t s) FUSERL_LAMBDA { return S::element(row, s); });
+    const T* source = rows + first * step_stride;
+    for (std::int64_t step = first; step < whole; ++step, source += step_stride)
+        add(step, source, [](const T* at) FUSERL_LAMBDA { return S::element(at); });
     if (is_cut)  // an odd number of inputs: the last pair is half of one
-        add(whole,
-            [](const T* row, std::int64_t s) FUSERL_LAMBDA { return S::last_element(row, s); });
+        add(whole, source, [](const T* at) FUSERL_LAMBDA { return S::last_element(at); });
 }
 
 template <typename T>
@@ -123,11 +121,11 @@ void tile(const Product& task, std::int64_t row, std::int64_t panel) {
 
     Floats totals[kRows][kVectors];
     std::int64_t stop = num_steps < kChainSteps ? num_steps : kChainSteps;
-    walk<T>(rows, task.row_stride, panels, 0, stop, is_odd && stop == num_steps, totals);
+    walk<T>(task, rows, panels, 0, stop, is_odd && stop == num_steps, totals);
     for (std::int64_t first = stop; first < num_steps; first = stop) {
         stop = num_steps - first < kChainSteps ? num_steps : first + kChainSteps;
         Floats sums[kRows][kVectors];
-        walk<T>(rows, task.row_stride, panels, first, stop, is_odd && stop == num_steps, sums);
+        walk<T>(task, rows, panels, first, stop, is_odd && stop == num_steps, sums);
         for (int r = 0; r < kRows; ++r)
             for (int v = 0; v < kVectors; ++v) totals[r][v] += sums[r][v];
     }

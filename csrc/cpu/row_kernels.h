@@ -32,8 +32,9 @@ class TanhCap {
     FUSERL_INLINE explicit TanhCap(float softcap)
         : softcap_(softcap), inverse_(1.0f / softcap), scale_(0.5) {}
 
+    // The same bits wherever it stands.
     FUSERL_INLINE Floats operator()(Floats x) const {
-        return hyperbolic_tangent(x * inverse_) * softcap_;
+        return Simd::rounded_value(hyperbolic_tangent(x * inverse_) * softcap_);
     }
 
     // The gradient of x, from that of the capped x.

@@ -52,6 +52,16 @@ struct GenericSimd {
         return x * y + z;
     }
 
+    // x as it is rounded: the compiler makes no part of a multiply-add of what gave it.
+    static FUSERL_INLINE Floats rounded_value(Floats x) {
+#if defined(__x86_64__)
+        asm("" : "+v"(x));
+#elif defined(__aarch64__)
+        asm("" : "+w"(x));
+#endif
+        return x;
+    }
+
     // The larger of the two, and x where x is NaN.
     static FUSERL_INLINE Floats at_least(Floats x, Floats bound) {
         return x < bound ? bound : x;

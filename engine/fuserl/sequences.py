@@ -42,7 +42,7 @@ class Sequences:
         joined = [(*prompt, *ids) for prompt, ids in zip(prompts, completions, strict=True)]
         return cls(
             torch.tensor(list(chain.from_iterable(joined)), dtype=torch.int64, device=device),
-            Packing.of([len(row) for row in joined], device),
+            Packing.of([len(row) for row in joined], device, [len(prompt) for prompt in prompts]),
             torch.tensor([len(prompt) for prompt in prompts], device=device),
             *rows_and_offsets([len(ids) for ids in completions], device),
         )
@@ -52,7 +52,7 @@ class Sequences:
         device = batch.prompts.device
         # One wait for the device; everything after it has sizes the host knows.
         lengths = torch.stack([batch.prompt_lengths, batch.completion_lengths]).tolist()
-        packing = Packing.of([p + c for p, c in zip(*lengths, strict=True)], device)
+        packing = Packing.of([p + c for p, c in zip(*lengths, strict=True)], device, lengths[0])
         rows, slots = rows_and_offsets(lengths[1], device)
         prompt_rows, prompt_slots = rows_and_offsets(lengths[0], device)
         token_ids = torch.empty(packing.num_tokens, dtype=torch.int64, device=device)

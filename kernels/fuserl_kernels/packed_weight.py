@@ -21,7 +21,7 @@ class PackedWeight:
     @classmethod
     def of(cls, weight: torch.Tensor) -> "PackedWeight":
         """weight: [num_outputs, num_inputs]. RuntimeError without the compiled module."""
-        if weight.stride(1) != 1:
+        if 1 not in weight.stride():
             weight = weight.contiguous()
         module, dtype = native.module(), native.dtype(weight)
         num_outputs, num_inputs = weight.shape
@@ -35,6 +35,7 @@ class PackedWeight:
             num_outputs=num_outputs,
             num_inputs=num_inputs,
             row_stride=weight.stride(0),
+            column_stride=weight.stride(1),
             panels=panels.data_ptr(),
             num_threads=torch.get_num_threads(),
         )
@@ -47,23 +48,26 @@ class PackedWeight:
     def linear(
         self,
         x: torch.Tensor,  # [N, num_inputs]
-        bias: torch.Tensor | None = None,
-        out_dtype: torch.dtype | None = None,
+        bias: torch.Tensor | None = None,  # [num_outputs] of the weight's dtype
+        out: torch.Tensor | None = None,  # [N, num_outputs], unit column stride
     ) -> torch.Tensor:
-        """x weight^T + bias, [N, num_outputs] of x's dtype or of out_dtype (float32), summed in
-        float32 in an order that depends on num_inputs alone. No gradient."""
-        if x.stride(1) != 1:
+        """x weight^T + bias, in `out` (of the weight's dtype or float32) or in a new tensor of the
+        weight's dtype, summed in float32 in an order that depends on num_inputs alone. No
+        gradient."""
+        if x.stride(1) != 1 and x.dtype != torch.float32:
             x = x.contiguous()
-        out = x.new_empty(x.shape[0], self.num_outputs, dtype=out_dtype or x.dtype)
+        if out is None:
+            out = x.new_empty(x.shape[0], self.num_outputs)
         native.module().product(
             rows=x.data_ptr(),
             num_rows=x.shape[0],
             row_stride=x.stride(0),
+            input_stride=x.stride(1),
             panels=self.panels.data_ptr(),
             dtype=native.dtype(x),
             num_outputs=self.num_outputs,
             num_inputs=self.num_inputs,
-            bias=native.address(bias),
+            bias=native.address(None if bias is None else bias.contiguous()),
             out=out.data_ptr(),
             out_dtype=native.dtype(out),
             out_stride=out.stride(0),

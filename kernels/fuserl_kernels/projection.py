@@ -14,8 +14,11 @@ from typing import NamedTuple
 
 import torch
 
+from fuserl_kernels import native
+from fuserl_kernels.packed_weight import PackedWeight
 from fuserl_kernels.reference.sequences import compute_dtype
 
+_NARROW = (torch.bfloat16, torch.float16)
 _MIN_BUFFER_BYTES = 64 << 20
 _MAX_BUFFER_BYTES = 1 << 30
 _TILE_ELEMENTS = 1 << 22  # of a weight tile that is converted or multiplied at a time
@@ -79,30 +82,48 @@ class Products:
             yield columns, self.weight[columns].to(self.dtype)
 
 
-class ResidualProducts(Products):
-    """bf16 on a CPU whose matrix units take bf16 but whose products come out rounded to bf16.
+class FixedProducts(Products):
+    """The CPU's own, from a weight packed once for all chunks: each logit is summed in the order
+    of fixed_linear, so that a row has the same bits in any chunk, and in the decode loop. float32
+    logits of bf16 operands come out of one product."""
 
-    A second product gives what the rounding took away: y = bf16(h w), r = bf16(h w - y), and
-    y + r holds h w to 2^-17 of its size. Two bf16 products on AMX take half the time of one in
-    float32. Gradients need no such care: dlogits are bf16 here, and so is what one chunk adds to
-    the weight's gradient, before it is summed in float32."""
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__(weight, bias)
+        self._narrow_bias = bias  # of the weight's dtype
+        self._packed = PackedWeight.of(weight)
+
+    @functools.cached_property
+    def _transposed(self) -> PackedWeight:
+        return PackedWeight.of(self.weight.t())
+
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        self._packed.linear(hidden, self._narrow_bias, out)
+
+    def grad_hidden(self, gradient: torch.Tensor) -> torch.Tensor:
+        if self.weight.dtype != self.dtype:
+            return super().grad_hidden(gradient)
+        return self._transposed.linear(gradient)
+
+    def add_grad_weight(
+        self, gradient: torch.Tensor, hidden: torch.Tensor, total: torch.Tensor, fresh: bool
+    ) -> None:
+        inputs = PackedWeight.of(hidden.to(self.dtype).t())
+        for columns in self._tiles():
+            part = gradient[:, columns].t()
+            if fresh:
+                inputs.linear(part, out=total[columns])
+            else:
+                total[columns].add_(inputs.linear(part))
+
+
+class FixedLogits(FixedProducts):
+    """bf16: torch's products behind the logits, which are faster than packing. Gradients of the
+    logits are bf16, and so is what one chunk adds to the weight's gradient, before it is summed in
+    float32."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__(weight, bias)
         self.gradient_dtype = weight.dtype
-
-    def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        for columns in self._tiles():
-            tile, target = self.weight[columns].t(), out[:, columns]
-            rounded = torch.mm(hidden, tile)
-            residual = torch.addmm(rounded, hidden, tile, beta=-1)
-            if not rounded.sum().isfinite():  # a twentieth of the time of a mask
-                residual.masked_fill_(rounded.isinf(), 0)
-            target.copy_(rounded)
-            del rounded
-            target.add_(residual.float())  # torch adds bf16 to float32 ten times slower
-            if self.bias is not None:
-                target.add_(self.bias[columns])
 
     def grad_hidden(self, gradient: torch.Tensor) -> torch.Tensor:
         return torch.mm(gradient, self.weight)
@@ -148,30 +169,19 @@ class WideOutputProducts(Products):
             torch.addmm(total, gradient.t(), hidden, out_dtype=torch.float32, out=total)
 
 
-@functools.cache
-def _residuals_are_exact() -> bool:
-    """Whether this CPU's bf16 addmm subtracts before it rounds, as ResidualProducts needs."""
-    index = torch.arange(64 * 64, dtype=torch.float32).view(64, 64)
-    left, right = torch.sin(index).bfloat16(), torch.cos(index).bfloat16()
-    rounded = torch.mm(left, right)
-    residual = torch.addmm(rounded, left, right, beta=-1)
-    exact = left.double() @ right.double()
-    error = (rounded.double() + residual.double() - exact).abs().max()
-    return bool(error < exact.abs().max() * 2.0**-14)
-
-
 def _has_bf16_units() -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def fast_products(weight: torch.Tensor, bias: torch.Tensor | None) -> Products:
     """The fastest products of full precision for the weight's device and dtype."""
-    if weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16):
-        return WideOutputProducts(weight, bias)
-    cpu_bf16 = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-    if cpu_bf16 and _has_bf16_units() and _residuals_are_exact():
-        return ResidualProducts(weight, bias)
-    return Products(weight, bias)
+    if weight.is_cuda:
+        return (WideOutputProducts if weight.dtype in _NARROW else Products)(weight, bias)
+    if native.why_absent() is not None or weight.dtype not in (torch.float32, *_NARROW):
+        return Products(weight, bias)
+    if weight.dtype == torch.bfloat16 and _has_bf16_units():
+        return FixedLogits(weight, bias)
+    return FixedProducts(weight, bias)
 
 
 def chunk_rows(vocab_size: int, hidden_size: int, element_size: int, device_type: str) -> int:

@@ -177,7 +177,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False  # recompute each layer in the backward pass
-        self.fixed_order = False  # sum as cached decoding does, to the bit: see steps.py
+        self.exact = False  # attention sums as in cached decoding: see steps.py
         self.shared_layers = 0  # lowest ones held in common with a policy: see hydra.py
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.rope is None:
@@ -202,7 +202,7 @@ class Decoder(nn.Module):
 
     def forward(self, token_ids: Tensor, packing: Packing) -> Tensor:
         """token_ids: [N] int64, packed. Returns the hidden states after the final norm, [N, D]."""
-        return self.run(token_ids, PackedStep(packing, self.fixed_order))
+        return self.run(token_ids, PackedStep(packing, self.exact))
 
     def run(self, token_ids: Tensor, step: Step) -> Tensor:
         """The whole decoder in one step of any kind. [N] to [N, D], after the final norm."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fuserl_kernels as fk
 from fuserl.model.attention import packed_attention
-from fuserl.model.packing import Packing, rows_and_offsets
+from fuserl.model.packing import Packing
 
 
 def fixed_attention(
@@ -33,7 +33,12 @@ def fixed_attention(
 class _FixedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, packing: Packing, options: dict
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        packing: Packing,
+        options: dict[str, Any],
     ) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.packing, ctx.options = packing, options
@@ -42,50 +47,56 @@ class _FixedAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        query, key, value = inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
         with torch.enable_grad():
-            out = packed_attention(*inputs, ctx.packing, **ctx.options)
+            out = packed_attention(query, key, value, ctx.packing, **ctx.options)
         return *torch.autograd.grad(out, inputs, grad_out), None, None
 
 
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, packing: Packing, options: dict
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, options: dict[str, Any]
 ) -> Tensor:
     device = query.device
     prompt_lengths = packing.prompt_lengths or packing.lengths
-    completion_lengths = [
-        length - prompt for length, prompt in zip(packing.lengths, prompt_lengths, strict=True)
-    ]
-    in_prompt = packing.positions < torch.tensor(prompt_lengths, device=device)[packing.rows]
-    rows, places = rows_and_offsets(prompt_lengths, device)
-    at = in_prompt.nonzero().squeeze(1)
-    prompts = [_padded(x[at], rows, places, len(prompt_lengths), max(prompt_lengths))
-               for x in (key, value)]
+    of_prompt = torch.tensor(prompt_lengths, device=device)
+    in_prompt = packing.positions < of_prompt[packing.rows]
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    out[at] = fk.decode_attention(query[at], *prompts, places + 1, slots=rows, **options)
+
+    at = in_prompt.nonzero().squeeze(1)
+    rows, places = packing.rows[at], packing.positions[at]
+    shape = (len(prompt_lengths), max(prompt_lengths))
+    prompt_keys, prompt_values = (_padded(x[at], rows, places, shape) for x in (key, value))
+    out[at] = fk.decode_attention(
+        query[at], prompt_keys, prompt_values, places + 1, slots=rows, **options
+    )
     if len(at) == len(query):
         return out
-    rows, places = rows_and_offsets(completion_lengths, device)
+
     at = (~in_prompt).nonzero().squeeze(1)
-    slots = [_padded(x[at], rows, places, len(prompt_lengths), max(completion_lengths))
-             for x in (key, value)]
+    rows = packing.rows[at]
+    places = packing.positions[at] - of_prompt[rows]
+    pairs = zip(packing.lengths, prompt_lengths, strict=True)
+    shape = (len(prompt_lengths), max(length - prompt for length, prompt in pairs))
+    keys, values = (_padded(x[at], rows, places, shape) for x in (key, value))
     out[at] = fk.decode_attention(
         query[at],
-        *slots,
+        keys,
+        values,
         places + 1,
         slots=rows,
-        prefix_keys=prompts[0],
-        prefix_values=prompts[1],
+        prefix_keys=prompt_keys,
+        prefix_values=prompt_values,
         prefix_ids=rows,
-        prefix_lengths=torch.tensor(prompt_lengths, device=device),
+        prefix_lengths=of_prompt,
         **options,
     )
     return out
 
 
-def _padded(x: Tensor, rows: Tensor, places: Tensor, num_rows: int, width: int) -> Tensor:
-    """[N, heads, head_dim] to [num_rows, heads, width, head_dim]; what is not written is never
-    read."""
+def _padded(x: Tensor, rows: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
+    """[N, heads, head_dim] to [B, heads, width, head_dim], shape (B, width); what is not written is
+    never read."""
+    num_rows, width = shape
     padded = x.new_empty(num_rows, x.shape[1], width, x.shape[2])
     padded[rows, :, places] = x
     return padded

@@ -2,7 +2,7 @@
 
 With the embeddings and the lowest layers frozen, the three agree up to there: they hold those
 parameters in common, and own the layers above, the final norm and a head each. The rollout keeps
-the residual stream before the first layer of their own, of every token (trunk_keeper.py). The
+the residual stream before the first layer of their own, of every token. The
 tops start from it, and no pass of scoring or of the update goes below it again.
 
 What the tops give is what three whole models give, up to the rounding of the kept stream: it is
@@ -60,7 +60,7 @@ def hidden_states(
     shared layers gave) where there are any and this decoder shares them."""
     if trunk_states is None or not trunk.shared_layers:
         return trunk(token_ids, packing)
-    return trunk.upper(trunk_states, PackedStep(packing), trunk.shared_layers)
+    return trunk.upper(trunk_states, PackedStep(packing, trunk.exact), trunk.shared_layers)
 
 
 def _lowest(trunk: Decoder, depth: int) -> list[nn.Parameter]:

@@ -10,7 +10,7 @@ from fuserl.model.attention import packed_attention
 from fuserl.model.cache import KVCache
 from fuserl.model.fixed_attention import fixed_attention
 from fuserl.model.packing import Packing
-from fuserl.model.products import Product, fixed_product, torch_product
+from fuserl.model.products import Product, training_product
 
 
 class Heads(Protocol):
@@ -52,15 +52,15 @@ class Step(Protocol):
 class PackedStep:
     """Training and scoring: a token's keys are in the same pass. Keeps nothing.
 
-    fixed: products and attention sum in the order of cached decoding, so that both give the same
-    bits (the packing must say where completions begin).
+    exact: attention sums in the order of cached decoding; where products have a fixed order too,
+    both then give the same bits (the packing must say where completions begin).
     """
 
-    def __init__(self, packing: Packing, fixed: bool = False) -> None:
+    def __init__(self, packing: Packing, exact: bool = False) -> None:
         self.packing = packing
         self.positions = packing.positions
-        self.product: Product = fixed_product if fixed else torch_product
-        self._attention = fixed_attention if fixed else packed_attention
+        self.product: Product = training_product
+        self._attention = fixed_attention if exact else packed_attention
 
     def attend(self, attention: Heads, qkv: Tensor) -> Tensor:
         query, key, value = attention.rotary(qkv, self.positions, self.packing.max_length)

@@ -5,6 +5,7 @@ place, so graphs stay valid from one rollout to the next; what moves weights nee
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ class CapturedSteps:
     def __init__(self, step: Callable[[int], None], rows: LiveRows) -> None:
         self._step, self._rows = step, rows
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._pool: tuple[int, int] | None = None  # one for all: they never run side by side
+        self._pool: Any = None  # one for all: they never run side by side
 
     def replay(self, num_rows: int) -> None:
         """A step of the first num_rows rows; the rows behind them, up to the captured size, must

@@ -18,9 +18,9 @@ from fuserl.model.decoder import Decoder
 from fuserl.model.heads import LanguageModel
 from fuserl.rollout import native_runner
 from fuserl.rollout.live_rows import Ended, NewPrompt, NewRow
+from fuserl.rollout.memory import is_out_of_memory
 from fuserl.rollout.module_runner import ModuleRunner
 from fuserl.rollout.native_runner import NativeRunner
-from fuserl.rollout.memory import is_out_of_memory
 from fuserl.rollout.plan import plan_cache
 from fuserl.rollout.requests import Completion, End, PromptRequest
 from fuserl.rollout.runner import Runner, RunnerOptions

@@ -170,7 +170,8 @@ class ModuleRunner:
     def _logits(self, hidden: Tensor) -> Tensor:
         if self._packed is None:
             return self._model.logits(hidden)
-        logits = self._packed.head.linear(hidden, self._model.output_bias, torch.float32)
+        logits = torch.empty(len(hidden), self._model.config.vocab_size)
+        self._packed.head.linear(hidden, self._model.output_bias, logits)
         softcap = self._model.config.final_softcap
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
@@ -185,5 +186,9 @@ def _can_pack(model: LanguageModel) -> bool:
     """Whether this machine and the choice of implementations have products in a fixed order."""
     if model.device.type != "cpu" or native.why_absent() is not None:
         return False
-    table = {"native": PackedWeight, "triton": None, "reference": None}
-    return backend.select("packed products", table, model.output_weight) is PackedWeight
+    table: backend.Table = {
+        "native": PackedWeight.of,
+        "triton": torch_product,
+        "reference": torch_product,
+    }
+    return backend.select("packed products", table, model.output_weight) is table["native"]

@@ -38,7 +38,9 @@ def why_not(model: LanguageModel) -> str | None:
     if trunk.dtype not in (torch.float32, torch.bfloat16) or trunk.device.type != "cpu":
         return f"its weights are {trunk.dtype} on {trunk.device}"
     if config.rope is None or not config.gated_mlp or config.parallel_residual:
-        return "it is no Llama-style decoder (rotary positions, gated MLP, one residual after another)"
+        return (
+            "it is no Llama-style decoder (rotary positions, gated MLP, one residual after another)"
+        )
     return None
 
 
@@ -90,7 +92,8 @@ class NativeRunner:
             head=_linear(packed.head, model.output_bias),
             kept_layer=self._options.keep_before,
         )
-        for layer in trunk.layers:
+        layers = [layer for layer in trunk.layers if isinstance(layer, Layer)]
+        for layer in layers:
             self._add_layer(decoder, layer)
         shape, cache = self._cache.shape, self._cache
         decoder.set_cache(
@@ -104,9 +107,9 @@ class NativeRunner:
             prompt_capacity=shape.prompt_capacity,
             prompt_lengths=cache.prompt_lengths.data_ptr(),
         )
-        for layer in trunk.layers:
-            table = layer.attn.table.upto(cache.num_positions, model.device)
-            self._tables.append(table)
+        self._tables = [
+            layer.attn.table.upto(cache.num_positions, model.device) for layer in layers
+        ]
         decoder.set_rotary([(c.data_ptr(), s.data_ptr(), c.shape[1]) for c, s in self._tables])
         return decoder
 

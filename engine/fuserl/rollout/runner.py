@@ -49,8 +49,6 @@ class Runner(Protocol):
         """The kept stream of a completion that ended, [length, D]."""
 
 
-
-
 def allocate_rows(model: LanguageModel, shape: CacheShape) -> LiveRows:
     return LiveRows(
         shape.num_slots,

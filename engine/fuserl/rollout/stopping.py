@@ -40,9 +40,7 @@ class StopRule:
         for name, numbers in (("eos_token_id", {eos_token_id}), ("stop_token_ids", ids)):
             wrong = [i for i in numbers if i is not None and not 0 <= i < vocab_size]
             if wrong:
-                raise ValueError(
-                    f"{name} {wrong[0]} is outside the vocabulary of {vocab_size}"
-                )
+                raise ValueError(f"{name} {wrong[0]} is outside the vocabulary of {vocab_size}")
         if not all(strings):
             raise ValueError("stop must not hold an empty string")
         if strings and tokenizer is None:

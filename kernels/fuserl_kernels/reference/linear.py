@@ -5,9 +5,7 @@ import torch
 from fuserl_kernels.reference.sequences import compute_dtype
 
 
-def linear_fwd(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def linear_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """[N, K], [M, K], [M] -> [N, M]"""
     dtype = compute_dtype(x)
     y = x.to(dtype) @ weight.to(dtype).t()
