@@ -28,12 +28,14 @@ def rl(config: RLConfig) -> None:
 
 
 def bench(config: BenchConfig) -> None:
-    from fuserl.bench import lora_linear, rl_step, run, training_step
+    from fuserl.bench import lora_linear, rl_step, rollout, run, training_step
 
     if config.op == training_step.NAME:
         training_step.run_training_step(config)
     elif config.op == rl_step.NAME:
         rl_step.run_rl_step(config)
+    elif config.op == rollout.NAME:
+        rollout.run_rollout(config)
     elif config.op == lora_linear.NAME:
         lora_linear.run_lora_linear(config)
     else:

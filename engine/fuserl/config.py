@@ -469,14 +469,14 @@ class QuickstartConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchConfig:
     """Time an op against its rivals, a product with adapters against PEFT's, a step of supervised
-    fine-tuning against transformers, or a step of PPO as a hydra and as three models: `fuserl bench
-    OP`. Every answer is checked first."""
+    fine-tuning or generation against transformers, or a step of PPO as a hydra and as three models:
+    `fuserl bench OP`. Every answer is checked first."""
 
     op: str
     """Also without the flag: token_logprobs, linear_token_logprobs, linear_policy_loss, gae,
     rewards_to_advantages, masked_whiten, kl_penalty, policy_loss, ppo_loss, pairwise_loss,
     sample_tokens, rms_norm, layer_norm, rotary, rotary_kv_write, glu, decode_attention,
-    lora_linear, training_step or rl_step."""
+    lora_linear, training_step, rl_step or rollout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a CUDA device if there is one."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -516,8 +516,9 @@ class BenchConfig:
     """Of sample_tokens, 1 for no truncation. Default: 0.95."""
     cuda_graph: bool = False
     """Time replays of a captured CUDA graph: the device's part of a call alone."""
-    model: Literal["all", "tiny", "3M", "25M"] = "all"
-    """Of training_step and rl_step. all: 3M and 25M; tiny is no benchmark but a test."""
+    model: Literal["all", "tiny", "3M", "25M", "small", "big"] = "all"
+    """Of training_step and rl_step: 3M, 25M or all of them; of rollout: small, big or all of them.
+    tiny is no benchmark but a test."""
     providers: str = "all"
     """Names with commas between; plain torch always joins, for the ratios."""
     rounds: int = 25

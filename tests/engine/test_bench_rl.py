@@ -79,6 +79,7 @@ def test_the_command_writes_what_it_measured(
     ("options", "message"),
     [
         ({"num_rows": 3}, "num_rows makes no sense with rl_step"),
+        ({"model": "big"}, r"model of rl_step must be one of \('all', 'tiny', '3M', '25M'\)"),
         ({"dtype": "fp16"}, r"dtype of rl_step must be one of \('fp32', 'bf16'\)"),
     ],
 )

@@ -108,6 +108,7 @@ def test_the_command_writes_what_it_measured(
     [
         ({"num_rows": 3}, "num_rows makes no sense with training_step"),
         ({"providers": "torch"}, "providers makes no sense with training_step"),
+        ({"model": "big"}, r"model of training_step must be one of \('all', 'tiny', '3M', '25M'\)"),
         ({"dtype": "fp16"}, r"dtype of training_step must be one of \('fp32', 'bf16'\)"),
     ],
 )

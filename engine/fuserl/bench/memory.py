@@ -1,4 +1,5 @@
-"""Peak memory of one call: allocated on a CUDA device, resident on a Linux CPU."""
+"""Peak memory of one call, and what many leave behind: allocated on a CUDA device, resident on a
+Linux CPU."""
 
 import ctypes
 import gc
@@ -9,6 +10,7 @@ import torch
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _RESET_PEAK = "5"  # writing this makes the high-water mark the present size
+_WARM_UPS = 3
 
 
 def _resident_bytes(field: str) -> int:
@@ -41,12 +43,36 @@ def peak_extra_bytes(device: str, run: Callable[[], object]) -> int:
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated()
     else:
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:  # glibc alone has it; others give memory back by themselves
-            trim(0)
+        _trim()
         _CLEAR.write_text(_RESET_PEAK)
         before = _resident_bytes("VmRSS")
         result = run()
         peak = _resident_bytes("VmHWM")
     del result
     return max(0, peak - before)
+
+
+def growth_bytes(device: str, run: Callable[[], object], num_calls: int) -> int:
+    """How much more memory is in use after num_calls of run() than after a few, what the allocator
+    keeps apart: near 0 unless something is held. Needs why_not_measured(device) to be None."""
+    for _ in range(_WARM_UPS):
+        run()
+    before = _in_use(device)
+    for _ in range(num_calls):
+        run()
+    return _in_use(device) - before
+
+
+def _in_use(device: str) -> int:
+    gc.collect()
+    if device == "cuda":
+        return torch.cuda.memory_allocated()
+    _trim()
+    return _resident_bytes("VmRSS")
+
+
+def _trim() -> None:
+    """Give back what the allocator keeps; glibc alone has it, others do so by themselves."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -73,6 +73,17 @@ def refuse_other_options(config: BenchConfig, options: Collection[str], name: st
             raise ValueError(f"{item.name} makes no sense with {name}: it has no such option")
 
 
+def models_of(config: BenchConfig, measured: Sequence[str], name: str) -> Sequence[str]:
+    """Those asked for; ValueError for one that the benchmark `name` does not have."""
+    if config.model == "all":
+        return measured
+    if config.model not in ("tiny", *measured):
+        raise ValueError(
+            f"model of {name} must be one of {('all', 'tiny', *measured)}, not {config.model!r}"
+        )
+    return (config.model,)
+
+
 def table_row(*cells: str) -> str:
     """One row of a table in Markdown."""
     return f"| {' | '.join(cells)} |"

@@ -16,7 +16,7 @@ from fuserl.bench.truth import Error
 
 Status = Literal["timed", "unavailable", "out of memory", "wrong", "failed"]
 FORMAT = 1
-_PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy")
+_PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
 _HEADS = (
     "provider",
     "ms",

@@ -17,7 +17,7 @@ from torch import Tensor
 from fuserl.batch import ScoredBatch, ShapedBatch
 from fuserl.bench.case import DTYPES
 from fuserl.bench.memory import peak_extra_bytes, why_not_measured
-from fuserl.bench.output import WrongAnswer, refuse_other_options, run_cases
+from fuserl.bench.output import WrongAnswer, models_of, refuse_other_options, run_cases
 from fuserl.bench.timing import as_milliseconds, interleave, quartiles
 from fuserl.bench.training_problem import MODELS
 from fuserl.config import BenchConfig, RLConfig
@@ -260,7 +260,7 @@ def cases_of(config: BenchConfig) -> list[RLCase]:
     device = default_device(None if config.device == "auto" else config.device).type
     return [
         RLCase(model=model, dtype=dtype, device=device)
-        for model in (_MEASURED if config.model == "all" else (config.model,))
+        for model in models_of(config, _MEASURED, NAME)
         for dtype in (_APART if config.dtype == "auto" else (config.dtype,))
     ]
 

@@ -11,7 +11,13 @@ from typing import Any
 
 from fuserl.bench.checking import OURS_MORE, RIVAL_BOUND
 from fuserl.bench.memory import peak_extra_bytes, why_not_measured
-from fuserl.bench.output import WrongAnswer, refuse_other_options, run_cases, table_row
+from fuserl.bench.output import (
+    WrongAnswer,
+    models_of,
+    refuse_other_options,
+    run_cases,
+    table_row,
+)
 from fuserl.bench.rivals import Unavailable
 from fuserl.bench.timing import as_milliseconds, interleave, quartiles
 from fuserl.bench.training_problem import BATCHES, StepCase, StepProblem
@@ -117,7 +123,7 @@ def cases_of(config: BenchConfig) -> list[StepCase]:
     device = default_device(None if config.device == "auto" else config.device).type
     return [
         StepCase(model=model, batch=batch, dtype=dtype, device=device)
-        for model in (_MEASURED if config.model == "all" else (config.model,))
+        for model in models_of(config, _MEASURED, NAME)
         for dtype in (PROVIDERS if config.dtype == "auto" else (config.dtype,))
         for batch in BATCHES
     ]
