@@ -27,6 +27,7 @@ class RolloutBatch:
     has_eos: Tensor  # [B] bool
     loss_mask: Tensor  # [B, T] bool
     logprobs: Tensor  # [B, T] fp32, of the policy that sampled: what ratios start from
+    truncated_logprobs: Tensor  # [B, T] fp32, of the distribution drawn from: after truncation
 
     trunk_states: Tensor | None = None
     """[tokens, D], of the decoder's dtype: for a hydra, the residual stream before the first

@@ -225,6 +225,15 @@ class RLConfig(TrainConfig):
     """Limit of a prompt, in tokens."""
     temperature: float = 0.7
     """Of the sampling, and of every log-probability taken after it."""
+    rollout_slots: int | None = None
+    """Completions sampled at a time; it changes memory and speed, never a result. Default: 64 on a
+    CPU, 256 on a GPU, or what memory has room for."""
+    exact: bool = False
+    """Sum in the trainer as in the sampler, so that both give the same log-probabilities to the
+    bit (CPU). Tried at the start, and turned off with a warning where it does not hold."""
+    reward_batch_size: int | None = None
+    """Call a Python reward with so many completions at a time, in a thread of its own, while
+    others are still sampled. Default: with the whole rollout, after it."""
     reward_at: Literal["sequence", "token"] = "sequence"
     """One score a completion, or one a token."""
     kl_coef: float | None = None
@@ -291,8 +300,18 @@ class RLConfig(TrainConfig):
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.num_epochs is not None and self.num_epochs < 1:
-            raise ValueError(f"num_epochs must be positive, got {self.num_epochs}")
+        for name in ("num_epochs", "rollout_slots", "reward_batch_size"):
+            if getattr(self, name) is not None:
+                _require_positive(self, name)
+        if self.exact and self.lora_rank:
+            raise ValueError(
+                "exact makes no sense with lora_rank: adapters are merged for the sampler and "
+                "apart for the trainer"
+            )
+        if self.exact and self.old_logprobs == "recomputed":
+            raise ValueError(
+                'exact makes no sense with old_logprobs "recomputed": it gives what was sampled'
+            )
         if self.num_minibatches > self.batch_size * self.num_samples:
             raise ValueError(
                 f"num_minibatches ({self.num_minibatches}) exceeds the rollout's "

@@ -214,6 +214,7 @@ def make_batch() -> Callable[..., RolloutBatch]:
             has_eos=out.has_eos,
             loss_mask=mask,
             logprobs=torch.nn.functional.pad(out.logprobs, padding),
+            truncated_logprobs=torch.nn.functional.pad(out.truncated_logprobs, padding),
         )
 
     return make
@@ -244,6 +245,7 @@ def batch_of() -> Callable[..., RolloutBatch]:
             has_eos=torch.tensor([row[-1] == eos for row in completions]),
             loss_mask=mask,
             logprobs=torch.where(mask, logprobs, 0.0),
+            truncated_logprobs=torch.where(mask, logprobs, 0.0),
         )
 
     return make

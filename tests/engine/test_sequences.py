@@ -59,6 +59,7 @@ def test_a_batch_gives_the_same_as_its_lists(pairs: Pairs, pad: int) -> None:
         has_eos=torch.ones(len(pairs), dtype=torch.bool),
         loss_mask=mask_of_lengths(lengths[1], 7),
         logprobs=torch.zeros(len(pairs), 7),
+        truncated_logprobs=torch.zeros(len(pairs), 7),
     )
     found, expected = Sequences.of_batch(batch), of(pairs)
     for name in ("token_ids", "prompt_lengths", "rows", "slots"):

@@ -31,6 +31,7 @@ from fuserl.model.packing import Packing
 from fuserl.policy import Policy, load_policy
 from fuserl.quickstart import pipeline
 from fuserl.rewards import RewardError
+from fuserl.rollout import engine
 from fuserl.rollout.collect import choose_prompts
 from fuserl.stages.reward import PairwiseLoss, RewardTrainer
 from fuserl.stages.rl import RLTrainer
@@ -456,6 +457,12 @@ def test_transformers_opens_what_the_stages_leave(finished: dict[str, Path]) -> 
 
 
 # Stop and resume
+
+
+@pytest.fixture(autouse=True)
+def _asked_before_each_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a signal has come, so that a rollout of a few tokens can be stopped inside."""
+    monkeypatch.setattr(engine, "STEPS_BETWEEN_CALLS", 1)
 
 
 class interrupted_at:

@@ -163,7 +163,7 @@ class RLStep:
             self.config,
             eos_token_id=None,
             step=0,
-            on_token=lambda: None,
+            on_step=lambda: None,
         )
 
     def _score(self, sampled: Any) -> ScoredBatch:

@@ -10,6 +10,8 @@ from fuserl.data.batching import epoch_batches
 from fuserl.data.examples import Prompt
 from fuserl.model.heads import LanguageModel
 from fuserl.rollout.decode import decode
+from fuserl.rollout.engine import RolloutFacts
+from fuserl.rollout.requests import Completion
 from fuserl.rollout.sampling import SamplingParams
 from fuserl.sequences import mask_of_lengths
 
@@ -32,10 +34,14 @@ def rollout(
     *,
     eos_token_id: int | None,
     step: int,
-    on_token: Callable[[], None],
+    on_step: Callable[[], None],
+    on_completion: Callable[[Completion], None] | None = None,
+    facts: RolloutFacts | None = None,
 ) -> RolloutBatch:
     """Sample one completion for each of `prompts` (samples of one prompt stand together).
-    on_token: called before each decode step; it may raise to give the rollout up."""
+
+    on_step: called every few tokens; it may raise to give the rollout up. on_completion: called
+    with each completion as it finishes. facts: filled in."""
     out = decode(
         model,
         [prompt.ids for prompt in prompts[:: config.num_samples]],
@@ -44,7 +50,10 @@ def rollout(
         eos_token_id=eos_token_id,
         num_samples=config.num_samples,
         request_ids=range(step * len(prompts), (step + 1) * len(prompts)),
-        on_step=on_token,
+        num_slots=config.rollout_slots,
+        on_step=on_step,
+        on_completion=on_completion,
+        facts=facts,
         keep_before=model.trunk.shared_layers,
     )
     # One slot more than the longest completion, where the limit leaves room for it.
@@ -58,6 +67,7 @@ def rollout(
         has_eos=out.has_eos,
         loss_mask=mask_of_lengths(out.lengths, width),
         logprobs=pad(out.logprobs, padding),
+        truncated_logprobs=pad(out.truncated_logprobs, padding),
         trunk_states=out.trunk_states,
         trunk_starts=out.trunk_starts,
     )

@@ -46,14 +46,15 @@ def decode(
     kv_budget_bytes: int | None = None,
     on_step: Callable[[], None] | None = None,
     on_completion: Callable[[Completion], None] | None = None,
+    facts: RolloutFacts | None = None,
     keep_before: int = 0,
 ) -> Completions:
     """Sample `num_samples` completions of every prompt.
 
     max_new_tokens: one limit, or one a prompt. stop: default, the id eos_token_id alone (None:
     nothing but the limit ends a row). request_ids: one a row (prompt-major), default the row's
-    number. num_slots, kv_budget_bytes, on_step: see engine.generate. on_completion is called with
-    each completion as it finishes. keep_before: the layer before which the residual stream of
+    number. num_slots, kv_budget_bytes, on_step, facts: see engine.generate. on_completion: called
+    with each completion as it finishes. keep_before: the layer before which the residual stream of
     every token is kept, in trunk_states (0: nothing is).
 
     Raises ValueError for an empty prompt, for a token id outside the vocabulary, for a request
@@ -72,7 +73,7 @@ def decode(
         )
         for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
     ]
-    facts = RolloutFacts()
+    facts = RolloutFacts() if facts is None else facts
     options = RunnerOptions(sampling=sampling, stop=stop, keep_before=keep_before)
     finished: dict[int, Completion] = {}
     for completion in generate(

@@ -46,6 +46,14 @@ class RolloutFacts:
     prompt_states: list[Tensor | None] = field(default_factory=list)
     """Of each prompt, in the requests' order: the kept stream, [P, D]."""
 
+    def metrics(self) -> dict[str, float]:
+        """As they are logged."""
+        return {
+            "rollout/num_slots": self.num_slots,
+            "rollout/kv_bytes": self.cache_bytes,
+            "rollout/packed_weight_bytes": self.weight_bytes,
+        }
+
 
 def generate(
     model: LanguageModel,

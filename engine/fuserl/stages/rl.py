@@ -10,11 +10,13 @@ from fuserl.checkpoint import digest, digest_ids
 from fuserl.config import RLConfig
 from fuserl.data.examples import Prompt, load_prompts
 from fuserl.data.rows import Source, source_name
+from fuserl.exactness import make_exact
 from fuserl.optimizer import Optimizer
 from fuserl.policy import Policy
 from fuserl.recompute import describe_recomputed, recompute
 from fuserl.rewards import FunctionReward, ModelReward, RewardFunction, observe
 from fuserl.rollout.collect import choose_prompts, rollout
+from fuserl.rollout.engine import RolloutFacts
 from fuserl.run import Run, prepare_folder
 from fuserl.scoring import score
 from fuserl.shaping import shape
@@ -22,6 +24,7 @@ from fuserl.stages.opening import loading, open_policy, room_for_prompts, tell
 from fuserl.stages.rl_metrics import Clock, describe, hydra_savings, summarize
 from fuserl.stages.rl_models import RLModels, open_models, save_critic
 from fuserl.stages.trainable import make_trainable, save_trained, training_dtype
+from fuserl.streamed_reward import reward_of
 from fuserl.update import update
 
 
@@ -61,6 +64,8 @@ class RLTrainer:
             return finished
         policy = open_policy(config, self._given, dtype=training_dtype(config))
         make_trainable(policy.model, config)
+        if config.exact:
+            make_exact(policy.model, config.temperature)
         prompts = self._prompts(policy)
         models = open_models(config, self._reward, policy)
         modules: dict[str, nn.Module] = {"policy": policy.model}
@@ -111,27 +116,30 @@ class RLTrainer:
             for name, function in self._monitors.items()
         }
         for step in run.steps():
-            clock = Clock()
+            clock, facts = Clock(), RolloutFacts()
             chosen = choose_prompts(prompts, config, step)
-            with clock.lap("rollout"):
-                sampled = rollout(
-                    policy.model,
-                    chosen,
-                    config,
-                    eos_token_id=policy.eos_token_id,
-                    step=step,
-                    on_token=run.check,
-                )
-            with clock.lap("score"):
-                scored = score(
-                    sampled,
-                    chosen,
-                    reward=models.reward,
-                    reference=models.reference,
-                    critic=models.critic,
-                    temperature=config.temperature,
-                    microbatch_size=config.microbatch_size,
-                )
+            with reward_of(models.reward, chosen, config) as (reward, on_completion):
+                with clock.lap("rollout"):
+                    sampled = rollout(
+                        policy.model,
+                        chosen,
+                        config,
+                        eos_token_id=policy.eos_token_id,
+                        step=step,
+                        on_step=run.check,
+                        on_completion=on_completion,
+                        facts=facts,
+                    )
+                with clock.lap("score"):
+                    scored = score(
+                        sampled,
+                        chosen,
+                        reward=reward,
+                        reference=models.reference,
+                        critic=models.critic,
+                        temperature=config.temperature,
+                        microbatch_size=config.microbatch_size,
+                    )
             if config.old_logprobs == "recomputed":
                 with clock.lap("recompute"):
                     scored = recompute(scored, policy.model, config)
@@ -150,6 +158,7 @@ class RLTrainer:
                 step,
                 {
                     **describe(shaped),
+                    **facts.metrics(),
                     **recomputed,
                     **learned,
                     **watched,
