@@ -65,8 +65,8 @@ struct Step<float> {
 // Steps [first, last) of kRows rows and kVectors vectors of outputs.
 template <typename T, int kRows, int kVectors>
 FUSERL_INLINE void walk(const Product& task, const T* rows, const std::uint32_t* const* panels,
-                        std::int64_t first, std::int64_t last, bool is_cut,
-                        Floats (&sums)[kRows][kVectors]) {
+                        const std::uint32_t* ahead, std::int64_t first, std::int64_t last,
+                        bool is_cut, Floats (&sums)[kRows][kVectors]) {
     using S = Step<T>;
     FUSERL_PRAGMA(GCC unroll 8)
     for (int r = 0; r < kRows; ++r) {
@@ -88,8 +88,10 @@ FUSERL_INLINE void walk(const Product& task, const T* rows, const std::uint32_t*
     };
     const std::int64_t whole = is_cut ? last - 1 : last;
     const T* source = rows + first * step_stride;
-    for (std::int64_t step = first; step < whole; ++step, source += step_stride)
+    for (std::int64_t step = first; step < whole; ++step, source += step_stride) {
+        __builtin_prefetch(ahead + step * kPanel, 0, 2);
         add(step, source, [](const T* at) FUSERL_LAMBDA { return S::element(at); });
+    }
     if (is_cut)  // an odd number of inputs: the last pair is half of one
         add(whole, source, [](const T* at) FUSERL_LAMBDA { return S::last_element(at); });
 }
@@ -105,9 +107,10 @@ FUSERL_INLINE void write(const Product& task, std::int64_t row, std::int64_t col
         Simd::store_some(static_cast<T*>(task.out) + row * task.out_stride + column, x, count);
 }
 
-// kRows rows from `row` on times kPanels panels from `panel` on.
+// kRows rows from `row` on times kPanels panels from `panel` on. Meanwhile the panel `ahead` is asked
+// for: while a few rows are multiplied, the next weights come from memory.
 template <typename T, int kRows, int kPanels>
-void tile(const Product& task, std::int64_t row, std::int64_t panel) {
+void tile(const Product& task, std::int64_t row, std::int64_t panel, std::int64_t ahead_panel) {
     constexpr int kVectors = kPanels * kPanelVectors;
     constexpr std::int64_t kChainSteps = kChain / Step<T>::kInputs;
     const PackedWeight& weight = task.weight;
@@ -119,13 +122,15 @@ void tile(const Product& task, std::int64_t row, std::int64_t panel) {
         panels[p] = static_cast<const std::uint32_t*>(weight.panels) +
                     (panel + p) * num_steps * kPanel;
 
+    const std::uint32_t* ahead =
+        static_cast<const std::uint32_t*>(weight.panels) + ahead_panel * num_steps * kPanel;
     Floats totals[kRows][kVectors];
     std::int64_t stop = num_steps < kChainSteps ? num_steps : kChainSteps;
-    walk<T>(task, rows, panels, 0, stop, is_odd && stop == num_steps, totals);
+    walk<T>(task, rows, panels, ahead, 0, stop, is_odd && stop == num_steps, totals);
     for (std::int64_t first = stop; first < num_steps; first = stop) {
         stop = num_steps - first < kChainSteps ? num_steps : first + kChainSteps;
         Floats sums[kRows][kVectors];
-        walk<T>(task, rows, panels, first, stop, is_odd && stop == num_steps, sums);
+        walk<T>(task, rows, panels, ahead, first, stop, is_odd && stop == num_steps, sums);
         for (int r = 0; r < kRows; ++r)
             for (int v = 0; v < kVectors; ++v) totals[r][v] += sums[r][v];
     }
@@ -137,20 +142,27 @@ void tile(const Product& task, std::int64_t row, std::int64_t panel) {
 // The last rows, fewer than a tile's.
 template <typename T, int kRows, int kPanels>
 FUSERL_INLINE void last_rows(const Product& task, std::int64_t row, std::int64_t last_row,
-                             std::int64_t panel) {
+                             std::int64_t panel, std::int64_t ahead) {
     if constexpr (kRows > 0) {
-        if (last_row - row == kRows) return tile<T, kRows, kPanels>(task, row, panel);
-        last_rows<T, kRows - 1, kPanels>(task, row, last_row, panel);
+        if (last_row - row == kRows) return tile<T, kRows, kPanels>(task, row, panel, ahead);
+        last_rows<T, kRows - 1, kPanels>(task, row, last_row, panel, ahead);
     }
 }
 
 template <typename T, int kPanels>
 void columns(const Product& task, std::int64_t first_row, std::int64_t last_row,
              std::int64_t panel) {
-    std::int64_t row = first_row;
+    // Each of the first tiles asks for one of the panels that come next.
+    const std::int64_t num_panels = task.weight.num_panels();
+    std::int64_t row = first_row, ahead = panel + kPanels;
+    const auto next = [&] {
+        const std::int64_t asked = ahead < panel + 2 * kPanels && ahead < num_panels ? ahead : panel;
+        ++ahead;
+        return asked;
+    };
     for (; row + kTileRows <= last_row; row += kTileRows)
-        tile<T, kTileRows, kPanels>(task, row, panel);
-    last_rows<T, kTileRows - 1, kPanels>(task, row, last_row, panel);
+        tile<T, kTileRows, kPanels>(task, row, panel, next());
+    last_rows<T, kTileRows - 1, kPanels>(task, row, last_row, panel, next());
 }
 
 template <typename T>
