@@ -446,6 +446,21 @@ FUSERL_INLINE void slot_split(const DecodeAttention& task, std::int64_t row, std
     attend(task, split, heads, firsts, cap, parts, scratch);
 }
 
+// Ask for the first keys of a (row, kv head) pair and their values: the processor's own prefetch
+// knows nothing of the next pair's memory before it is read.
+template <typename T>
+FUSERL_INLINE void prefetch_pair_of(const DecodeAttention& task, std::int64_t pair) {
+    const std::int64_t row = pair / task.num_kv_heads, kv_head = pair % task.num_kv_heads;
+    const VisibleKeys keys = visible_keys(task, row);
+    if (keys.slot_first >= keys.slot_last) return;
+    const auto split = split_keys<T>(task.slots, task.slot(row), kv_head, keys.slot_first / kSplit,
+                                     keys.slot_first, keys.slot_last);
+    for (std::int64_t key = split.first; key < split.first + kKeysAhead * kLanes; key += kLanes) {
+        prefetch_rows<2>(split.keys, split.key_stride, key, split.last, task.head_dim);
+        prefetch_rows<2>(split.values, split.value_stride, key, split.last, task.head_dim);
+    }
+}
+
 template <typename T, typename Cap>
 void slot_pairs(const DecodeAttention& task, std::int64_t first, std::int64_t last,
                 const float* states, AttentionScratch& scratch) {
@@ -454,6 +469,7 @@ void slot_pairs(const DecodeAttention& task, std::int64_t first, std::int64_t la
     for (std::int64_t pair = first; pair < last; ++pair) {
         const std::int64_t row = pair / task.num_kv_heads, kv_head = pair % task.num_kv_heads;
         const VisibleKeys keys = visible_keys(task, row);
+        if (pair + 1 < last) prefetch_pair_of<T>(task, pair + 1);
         for (std::int64_t begin = 0; begin < group; begin += kQueryChunk) {
             const std::int64_t heads = group - begin < kQueryChunk ? group - begin : kQueryChunk;
             const std::int64_t head = kv_head * group + begin;
