@@ -96,85 +96,125 @@ FUSERL_INLINE void walk(const Product& task, const T* rows, const std::uint32_t*
         add(whole, source, [](const T* at) FUSERL_LAMBDA { return S::last_element(at); });
 }
 
+// A part of the walk, and which panel to ask for meanwhile.
+struct Part {
+    std::int64_t first, last;  // steps; first at a multiple of a chain
+    std::int64_t ahead;
+};
+
+// Sums of a vector of columns of a row, where they are kept between parts.
+FUSERL_INLINE float* kept_sums(const Product& task, std::int64_t row, std::int64_t column) {
+    return static_cast<float*>(task.out) + row * task.out_stride + column;
+}
+
 template <typename T>
-FUSERL_INLINE void write(const Product& task, std::int64_t row, std::int64_t column, Floats x) {
+FUSERL_INLINE void write(const Product& task, std::int64_t row, std::int64_t column, bool is_done,
+                         Floats x) {
     const std::int64_t count = task.weight.num_outputs - column;
     if (count <= 0) return;
-    if (task.bias) x = x + Simd::load_some(static_cast<const T*>(task.bias) + column, count);
+    if (is_done && task.bias)
+        x = x + Simd::load_some(static_cast<const T*>(task.bias) + column, count);
     if (task.out_dtype == Dtype::kFloat32)
-        Simd::store_some(static_cast<float*>(task.out) + row * task.out_stride + column, x, count);
+        Simd::store_some(kept_sums(task, row, column), x, count);
     else
         Simd::store_some(static_cast<T*>(task.out) + row * task.out_stride + column, x, count);
 }
 
-// kRows rows from `row` on times kPanels panels from `panel` on. Meanwhile the panel `ahead` is asked
-// for: while a few rows are multiplied, the next weights come from memory.
+// kRows rows from `row` on times kPanels panels from `panel` on, for a part of the walk.
 template <typename T, int kRows, int kPanels>
-void tile(const Product& task, std::int64_t row, std::int64_t panel, std::int64_t ahead_panel) {
+void tile(const Product& task, std::int64_t row, std::int64_t panel, const Part& part) {
     constexpr int kVectors = kPanels * kPanelVectors;
     constexpr std::int64_t kChainSteps = kChain / Step<T>::kInputs;
     const PackedWeight& weight = task.weight;
     const std::int64_t num_steps = weight.panel_rows();
     const bool is_odd = Step<T>::kInputs == 2 && weight.num_inputs % 2 != 0;
     const T* rows = static_cast<const T*>(task.rows) + row * task.row_stride;
+    const auto panel_at = [&](std::int64_t index) {
+        return static_cast<const std::uint32_t*>(weight.panels) + index * num_steps * kPanel;
+    };
+    const std::uint32_t* ahead = panel_at(part.ahead);
     const std::uint32_t* panels[kPanels];
-    for (int p = 0; p < kPanels; ++p)
-        panels[p] = static_cast<const std::uint32_t*>(weight.panels) +
-                    (panel + p) * num_steps * kPanel;
+    for (int p = 0; p < kPanels; ++p) panels[p] = panel_at(panel + p);
 
-    const std::uint32_t* ahead =
-        static_cast<const std::uint32_t*>(weight.panels) + ahead_panel * num_steps * kPanel;
     Floats totals[kRows][kVectors];
-    std::int64_t stop = num_steps < kChainSteps ? num_steps : kChainSteps;
-    walk<T>(task, rows, panels, ahead, 0, stop, is_odd && stop == num_steps, totals);
-    for (std::int64_t first = stop; first < num_steps; first = stop) {
-        stop = num_steps - first < kChainSteps ? num_steps : first + kChainSteps;
+    std::int64_t stop = part.first;
+    do {  // once where there is no input
+        const std::int64_t first = stop;
+        stop = part.last - first < kChainSteps ? part.last : first + kChainSteps;
+        const bool is_cut = is_odd && stop == num_steps;
+        if (first == 0) {
+            walk<T>(task, rows, panels, ahead, first, stop, is_cut, totals);
+            continue;
+        }
+        if (first == part.first)
+            for (int r = 0; r < kRows; ++r)
+                for (int v = 0; v < kVectors; ++v) {
+                    const std::int64_t column = panel * kPanel + v * kLanesOf;
+                    const std::int64_t count = weight.num_outputs - column;
+                    totals[r][v] = count <= 0 ? Floats{}
+                                              : Simd::load_some(kept_sums(task, row + r, column),
+                                                                count);
+                }
         Floats sums[kRows][kVectors];
-        walk<T>(task, rows, panels, ahead, first, stop, is_odd && stop == num_steps, sums);
+        walk<T>(task, rows, panels, ahead, first, stop, is_cut, sums);
         for (int r = 0; r < kRows; ++r)
             for (int v = 0; v < kVectors; ++v) totals[r][v] += sums[r][v];
-    }
+    } while (stop < part.last);
     for (int r = 0; r < kRows; ++r)
         for (int v = 0; v < kVectors; ++v)
-            write<T>(task, row + r, panel * kPanel + v * kLanesOf, totals[r][v]);
+            write<T>(task, row + r, panel * kPanel + v * kLanesOf, part.last == num_steps,
+                     totals[r][v]);
 }
 
 // The last rows, fewer than a tile's.
 template <typename T, int kRows, int kPanels>
 FUSERL_INLINE void last_rows(const Product& task, std::int64_t row, std::int64_t last_row,
-                             std::int64_t panel, std::int64_t ahead) {
+                             std::int64_t panel, const Part& part) {
     if constexpr (kRows > 0) {
-        if (last_row - row == kRows) return tile<T, kRows, kPanels>(task, row, panel, ahead);
-        last_rows<T, kRows - 1, kPanels>(task, row, last_row, panel, ahead);
+        if (last_row - row == kRows) return tile<T, kRows, kPanels>(task, row, panel, part);
+        last_rows<T, kRows - 1, kPanels>(task, row, last_row, panel, part);
     }
 }
 
 template <typename T, int kPanels>
 void columns(const Product& task, std::int64_t first_row, std::int64_t last_row,
-             std::int64_t panel) {
-    // Each of the first tiles asks for one of the panels that come next.
+             std::int64_t panel, Part part) {
+    // While a few rows are multiplied, the next weights come from memory: each of the first tiles
+    // asks for one of the panels that come next.
     const std::int64_t num_panels = task.weight.num_panels();
-    std::int64_t row = first_row, ahead = panel + kPanels;
-    const auto next = [&] {
-        const std::int64_t asked = ahead < panel + 2 * kPanels && ahead < num_panels ? ahead : panel;
-        ++ahead;
-        return asked;
+    std::int64_t row = first_row, next = panel + kPanels;
+    const auto asking = [&] {
+        part.ahead = next < panel + 2 * kPanels && next < num_panels ? next : panel;
+        ++next;
+        return part;
     };
     for (; row + kTileRows <= last_row; row += kTileRows)
-        tile<T, kTileRows, kPanels>(task, row, panel, next());
-    last_rows<T, kTileRows - 1, kPanels>(task, row, last_row, panel, next());
+        tile<T, kTileRows, kPanels>(task, row, panel, asking());
+    last_rows<T, kTileRows - 1, kPanels>(task, row, last_row, panel, asking());
 }
 
 template <typename T>
 void multiply_as(const Product& task, std::int64_t first_row, std::int64_t last_row,
                  std::int64_t first_panel, std::int64_t last_panel) {
-    std::int64_t panel = first_panel;
-    for (; panel + kTilePanels <= last_panel; panel += kTilePanels)
-        columns<T, kTilePanels>(task, first_row, last_row, panel);
-    if constexpr (kTilePanels == 3) {
-        if (last_panel - panel == 2) columns<T, 2>(task, first_row, last_row, panel);
-        if (last_panel - panel == 1) columns<T, 1>(task, first_row, last_row, panel);
-    }
+    // Of a long walk so much at a time that a tile's panels stay in the cache for all rows; float32
+    // sums are kept in the result meanwhile, which changes no bit.
+    constexpr std::int64_t kTogether = 2 * kChain / Step<T>::kInputs;
+    const std::int64_t num_steps = task.weight.panel_rows();
+    const std::int64_t together =
+        task.out_dtype == Dtype::kFloat32 && num_steps > 2 * kTogether ? kTogether : num_steps;
+    std::int64_t stop = 0;
+    do {  // once where there is no input
+        const std::int64_t first = stop;
+        stop = num_steps - first < together ? num_steps : first + together;
+        const Part part{first, stop, 0};
+        std::int64_t panel = first_panel;
+        for (; panel + kTilePanels <= last_panel; panel += kTilePanels)
+            columns<T, kTilePanels>(task, first_row, last_row, panel, part);
+        if constexpr (kTilePanels == 3) {
+            if (last_panel - panel == 2) columns<T, 2>(task, first_row, last_row, panel, part);
+            if (last_panel - panel == 1) columns<T, 1>(task, first_row, last_row, panel, part);
+        }
+    } while (stop < num_steps);
 }
 
 #ifndef FUSERL_DOT_BF16
