@@ -11,13 +11,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fuserl.policy import Generation, Policy, load_policy
+    from fuserl.generation import FinishedCompletion, Generation
+    from fuserl.policy import Policy, load_policy
     from fuserl.stages.reward import RewardTrainer
     from fuserl.stages.rl import RLTrainer
     from fuserl.stages.sft import SFTTrainer
 
 _HOME = {
-    "Generation": "fuserl.policy",
+    "FinishedCompletion": "fuserl.generation",
+    "Generation": "fuserl.generation",
     "Policy": "fuserl.policy",
     "load_policy": "fuserl.policy",
     "SFTTrainer": "fuserl.stages.sft",
@@ -25,7 +27,15 @@ _HOME = {
     "RLTrainer": "fuserl.stages.rl",
 }
 
-__all__ = ["Generation", "Policy", "RLTrainer", "RewardTrainer", "SFTTrainer", "load_policy"]
+__all__ = [
+    "FinishedCompletion",
+    "Generation",
+    "Policy",
+    "RLTrainer",
+    "RewardTrainer",
+    "SFTTrainer",
+    "load_policy",
+]
 
 
 def __getattr__(name: str) -> Any:

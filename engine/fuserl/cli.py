@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from fuserl import config as configs
 from fuserl.interrupt import EXIT_CODE, Interrupted
@@ -147,11 +147,22 @@ def _yaml_flags(kind: type, path: Path) -> list[str]:
         flag, is_switch = name.replace("_", "-"), known[name].type in (bool, "bool")
         if value is None and known[name].default is None:
             continue
-        if value is None or isinstance(value, list | dict) or is_switch != isinstance(value, bool):
-            wanted = "true or false" if is_switch else "one value"
+        is_several = get_origin(known[name].type) is tuple
+        values = value if is_several and isinstance(value, list) else [value]
+        if not all(_is_one(item) and is_switch == isinstance(item, bool) for item in values):
+            wanted = "true or false" if is_switch else "values" if is_several else "one value"
             raise ValueError(f"{path}: {key} must be {wanted}, not {value!r}")
-        flags.append(f"--{'' if value else 'no-'}{flag}" if is_switch else f"--{flag}={value}")
+        if is_switch:
+            flags.append(f"--{'' if value else 'no-'}{flag}")
+        elif is_several:
+            flags += [f"--{flag}", *map(str, values)]
+        else:
+            flags.append(f"--{flag}={value}")
     return flags
+
+
+def _is_one(value: object) -> bool:
+    return value is not None and not isinstance(value, list | dict)
 
 
 def _load(function: str) -> Any:

@@ -44,8 +44,6 @@ class DataConfig:
     """JSONL file of rows."""
     seed: int = 0
     """Of everything random: initial weights, the order of the data, the sampler, the bootstrap."""
-    batch_size: int = 32
-    """Rows at a time: of one optimizer step, one rollout (its prompts), one evaluation batch."""
     prompt_template: str | None = None
     """Text around a plain prompt, such as "{prompt} TL;DR:". Default: what the model's folder
     says, else the prompt alone. It is kept with a trained model."""
@@ -60,7 +58,6 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _refuse_unknown_choices(self)
-        _require_positive(self, "batch_size")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +70,8 @@ class TrainConfig(DataConfig):
     """Go on with the run in --out, with the same options, data and models as before."""
     overwrite: bool = False
     """Lose the run or model that --out holds. Files that are none of ours stay."""
+    batch_size: int = 32
+    """Rows of one optimizer step, prompts of one rollout."""
     microbatch_size: int = 32
     """Rows of one forward and backward; it changes memory, never the result."""
     learning_rate: float = 1e-4
@@ -107,7 +106,7 @@ class TrainConfig(DataConfig):
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
-        _require_positive(self, "microbatch_size", "learning_rate")
+        _require_positive(self, "batch_size", "microbatch_size", "learning_rate")
         if not self.max_grad_norm >= 0:
             raise ValueError(f"max_grad_norm must not be negative, got {self.max_grad_norm}")
         if not 0 <= self.warmup_share < 1:
@@ -408,6 +407,8 @@ class GenerateConfig(DataConfig):
     """One prompt, instead of a file."""
     out: str | None = None
     """JSONL file to write; default: the screen."""
+    overwrite: bool = False
+    """Lose what the file --out holds."""
     max_new_tokens: int = 128
     """Limit of a completion, in tokens."""
     temperature: float = 1.0
@@ -420,6 +421,20 @@ class GenerateConfig(DataConfig):
     """Leave out tokens below this share of the likeliest one's probability."""
     num_samples: int = 1
     """Completions of each prompt."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion whose text comes to hold one of them; they are no part of the
+    text that is written."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Ids that end a completion, beside the EOS."""
+    eos_token_id: int | None = None
+    """The one EOS. Default: the tokenizer's, and all that the model's folder lists."""
+    ignore_eos: bool = False
+    """No EOS ends a completion."""
+    num_slots: int | None = None
+    """Completions decoded at a time, which changes speed and memory alone. Default: 64 on a CPU,
+    256 on a GPU, fewer where memory has no room."""
+    kv_budget_bytes: int | None = None
+    """Memory for keys and values. Default: half of what a CPU has free, 80 % on a GPU."""
     max_prompt_length: int = 1024
     """Longer prompts are left out, or truncated; counted."""
 
@@ -428,6 +443,15 @@ class GenerateConfig(DataConfig):
         if (self.data is None) == (self.prompt is None):
             raise ValueError("give either data or prompt")
         _require_positive(self, "max_new_tokens", "num_samples", "max_prompt_length")
+        for name in ("num_slots", "kv_budget_bytes"):
+            if getattr(self, name) is not None:
+                _require_positive(self, name)
+        if not all(self.stop):
+            raise ValueError("stop must not hold an empty string")
+        if self.ignore_eos and self.eos_token_id is not None:
+            raise ValueError("eos_token_id makes no sense with ignore_eos")
+        if self.overwrite and self.out is None:
+            raise ValueError("overwrite makes no sense without an out file")
         SamplingParams(  # refuses what cannot be
             temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p
         )
@@ -451,6 +475,11 @@ class EvaluateConfig(DataConfig):
     """Folder whose tokenizer an untrained model takes. Default: that of --against."""
     out: str | None = None
     """JSON file for the result too (completions beside it as .completions.jsonl)."""
+    batch_size: int = 32
+    """Rows of one forward."""
+    num_slots: int | None = None
+    """Completions decoded at a time. Default: 64 on a CPU, 256 on a GPU, fewer where memory has no
+    room."""
     max_new_tokens: int = 64
     """Limit of a completion, in tokens."""
     temperature: float = 0.0
@@ -462,7 +491,9 @@ class EvaluateConfig(DataConfig):
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
-        _require_positive(self, "max_new_tokens", "max_length")
+        _require_positive(self, "batch_size", "max_new_tokens", "max_length")
+        if self.num_slots is not None:
+            _require_positive(self, "num_slots")
         SamplingParams(temperature=self.temperature)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be positive, got {self.limit}")

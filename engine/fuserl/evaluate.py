@@ -11,11 +11,12 @@ import torch
 from fuserl.config import EvaluateConfig
 from fuserl.data.examples import PromptCompletion, load_completions, load_rankings
 from fuserl.device import default_device
+from fuserl.generation import Generation
 from fuserl.model.config import SMALL_NAMES
 from fuserl.model.folder import is_reward_model, load_scalar_model
 from fuserl.model.heads import ScalarModel
 from fuserl.model.hub import resolve_folder
-from fuserl.policy import Generation, Policy
+from fuserl.policy import Policy
 from fuserl.rouge import rouge_l
 from fuserl.sequences import Sequences, last_values
 from fuserl.stages.opening import (
@@ -226,7 +227,7 @@ def _complete(
         ],
         temperature=temperature,
         seed=config.seed,
-        batch_size=config.batch_size,
+        num_slots=config.num_slots,
     )
 
 

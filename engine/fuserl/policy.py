@@ -1,7 +1,6 @@
 """A policy: language model and tokenizer of one folder, ready to speak and to train."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -9,29 +8,26 @@ from torch import Tensor
 
 from fuserl.data.prompt_template import PromptTemplate
 from fuserl.device import default_device
+from fuserl.generation import FinishedCompletion, Generation
 from fuserl.model.adapter_folder import load_adapter
 from fuserl.model.folder import check_vocabulary, load_language_model, read_config, save_model
 from fuserl.model.heads import LanguageModel, ScalarModel
 from fuserl.model.hub import resolve_folder
 from fuserl.model.lora import merged
 from fuserl.model.notes import FolderNotes, read_notes, write_notes
-from fuserl.rollout.decode import decode
-from fuserl.rollout.requests import check_request, check_token_ids
+from fuserl.rollout import engine
+from fuserl.rollout.requests import (
+    Completion,
+    End,
+    PromptRequest,
+    check_request,
+    check_token_ids,
+)
+from fuserl.rollout.runner import RunnerOptions
 from fuserl.rollout.sampling import SamplingParams
+from fuserl.rollout.stopping import StopRule
 from fuserl.sequences import Sequences, completion_logprobs
 from fuserl.tokenizer import Tokenizer, load_tokenizer
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """One entry a completion: prompts' order, the samples of a prompt together."""
-
-    token_ids: list[list[int]]
-    """The EOS included, where one was sampled."""
-    logprobs: list[list[float]]
-    """Of each token, after the temperature and before truncation."""
-    texts: list[str] | None
-    """None for a policy without a tokenizer."""
 
 
 class Policy:
@@ -46,6 +42,18 @@ class Policy:
     def eos_token_id(self) -> int | None:
         """The tokenizer's, else the model configuration's."""
         return self.tokenizer.eos_token_id if self.tokenizer else self.model.config.eos_token_id
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """All ids that end a completion: `eos_token_id`, and those that generation_config.json
+        lists, else config.json. Ids outside the vocabulary, which a folder may list, are never
+        drawn and left out."""
+        config = self.model.config
+        default = config.source.get("eos_token_id", config.eos_token_id)
+        listed = config.generation.get("eos_token_id", default)
+        several = listed if isinstance(listed, list) else [listed]
+        ids = {self.eos_token_id, *several}
+        return frozenset(i for i in ids if isinstance(i, int) and 0 <= i < config.vocab_size)
 
     @property
     def text_tokenizer(self) -> Tokenizer:
@@ -82,52 +90,131 @@ class Policy:
         seed: int = 0,
         eos_token_id: int | None = None,
         ignore_eos: bool = False,
-        batch_size: int = 64,
+        stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        num_slots: int | None = None,
+        kv_budget_bytes: int | None = None,
         first_request_id: int = 0,
     ) -> Generation:
-        """n completions of every prompt. Prompts are texts (put into the policy's prompt
-        template) or token ids; max_new_tokens is one limit or one a prompt; eos_token_id
-        overrides the tokenizer's; batch_size bounds the sequences decoded at a time and changes
-        no draw. Completions are numbered from first_request_id, and a completion's draws depend
-        on (seed, number) alone: calls that share a seed give each its own numbers.
+        """n completions of every prompt.
+
+        prompts: texts (put into the policy's prompt template) or token ids. max_new_tokens: one
+        limit, or one a prompt. eos_token_id: the one EOS of this call, instead of
+        `eos_token_ids`; with ignore_eos there is none. stop: strings that end a completion once
+        its text holds one; the prompt does not count, nor do special tokens, which are no text.
+        stop_token_ids: ids that end one beside the EOS, with ignore_eos too. num_slots: sequences
+        decoded at a time, kv_budget_bytes: memory for their keys and values; neither changes a
+        draw. Completions are numbered from first_request_id, and a completion's draws depend on
+        (seed, number) alone: calls that share a seed give each its own numbers.
+
+        A completion that ends by a stop string keeps all its token ids, which are what was
+        sampled; its text is cut before the string.
+        """
+        facts = engine.RolloutFacts()
+        completions = self.stream(
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            n=n,
+            seed=seed,
+            eos_token_id=eos_token_id,
+            ignore_eos=ignore_eos,
+            stop=stop,
+            stop_token_ids=stop_token_ids,
+            num_slots=num_slots,
+            kv_budget_bytes=kv_budget_bytes,
+            first_request_id=first_request_id,
+            facts=facts,
+        )
+        return Generation.of(completions, facts, has_texts=self.tokenizer is not None)
+
+    def stream(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int | Sequence[int] = 128,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        n: int = 1,
+        seed: int = 0,
+        eos_token_id: int | None = None,
+        ignore_eos: bool = False,
+        stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        num_slots: int | None = None,
+        kv_budget_bytes: int | None = None,
+        first_request_id: int = 0,
+        on_step: Callable[[], None] | None = None,
+        facts: engine.RolloutFacts | None = None,
+    ) -> Iterator[FinishedCompletion]:
+        """The completions of `generate`, in the order in which they finish. The request is checked
+        at once, and computed as the iterator is drawn from.
+
+        on_step is called every few tokens and may raise to give the rest up; facts: filled in.
         """
         sampling = SamplingParams(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
         )
-        if n < 1 or batch_size < 1:
-            raise ValueError(f"n and batch_size must be at least 1, got {n} and {batch_size}")
-        if eos_token_id is not None and not 0 <= eos_token_id < self.model.config.vocab_size:
-            raise ValueError(
-                f"eos_token_id {eos_token_id} is outside the vocabulary of "
-                f"{self.model.config.vocab_size}"
-            )
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got {n}")
+        if num_slots is not None and num_slots < 1:
+            raise ValueError(f"num_slots must be at least 1, got {num_slots}")
+        rule = self._stop_rule(eos_token_id, ignore_eos, stop, stop_token_ids)
         prompt_ids = self.encode(prompts)
         if not prompt_ids:
-            return Generation([], [], [] if self.tokenizer else None)
+            return iter(())
         limits = check_request(self.model.config, prompt_ids, max_new_tokens)
-        eos = None if ignore_eos else self.eos_token_id if eos_token_id is None else eos_token_id
-        token_ids: list[list[int]] = []
-        logprobs: list[list[float]] = []
-        wave = max(1, batch_size // n)
-        for first in range(0, len(prompt_ids), wave):
-            part = prompt_ids[first : first + wave]
-            out = decode(
-                self.model,
-                part,
-                max_new_tokens=limits[first : first + wave],
-                sampling=sampling,
-                eos_token_id=eos,
-                num_samples=n,
-                request_ids=[first_request_id + first * n + i for i in range(len(part) * n)],
+        requests = [
+            PromptRequest(
+                ids=ids,
+                max_new_tokens=limit,
+                request_ids=range(first_request_id + i * n, first_request_id + (i + 1) * n),
             )
-            for row, row_logprobs, length in zip(
-                out.token_ids.tolist(), out.logprobs.tolist(), out.lengths.tolist(), strict=True
-            ):
-                token_ids.append(row[:length])
-                logprobs.append(row_logprobs[:length])
-        tokenizer = self.tokenizer
-        texts = [tokenizer.decode(row) for row in token_ids] if tokenizer else None
-        return Generation(token_ids, logprobs, texts)
+            for i, (ids, limit) in enumerate(zip(prompt_ids, limits, strict=True))
+        ]
+        completions = engine.generate(
+            self.model,
+            requests,
+            RunnerOptions(sampling=sampling, stop=rule),
+            num_slots=num_slots,
+            kv_budget_bytes=kv_budget_bytes,
+            on_step=on_step,
+            facts=facts,
+        )
+        return (self._finished(completion, n, rule) for completion in completions)
+
+    def _stop_rule(
+        self,
+        eos_token_id: int | None,
+        ignore_eos: bool,
+        stop: str | Sequence[str],
+        stop_token_ids: Sequence[int],
+    ) -> StopRule:
+        own = frozenset() if ignore_eos or eos_token_id is not None else self.eos_token_ids
+        return StopRule.of(
+            None if ignore_eos else eos_token_id,
+            stop_token_ids={*own, *stop_token_ids},
+            stop=stop,
+            tokenizer=self.tokenizer,
+            vocab_size=self.model.config.vocab_size,
+        )
+
+    def _finished(self, completion: Completion, n: int, rule: StopRule) -> FinishedCompletion:
+        token_ids = completion.token_ids.tolist()
+        return FinishedCompletion(
+            index=completion.index,
+            prompt_index=completion.index // n,
+            token_ids=token_ids,
+            logprobs=completion.logprobs.tolist(),
+            truncated_logprobs=completion.truncated_logprobs.tolist(),
+            text=rule.cut(self.tokenizer.decode(token_ids)) if self.tokenizer else None,
+            finish_reason="stop" if completion.end is End.STOP else "length",
+        )
 
     @torch.no_grad()
     def logprobs(

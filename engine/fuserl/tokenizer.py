@@ -103,6 +103,16 @@ class Tokenizer:
         )
         return text
 
+    def special_tokens_in(self, text: str) -> dict[str, int]:
+        """The special tokens that `text` spells out, with their ids: `decode` gives none of
+        them."""
+        added = self._backend.get_added_tokens_decoder()
+        return {
+            token.content: i
+            for i, token in added.items()
+            if token.special and token.content in text
+        }
+
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
     ) -> str:

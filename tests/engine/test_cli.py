@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fuserl import cli
-from fuserl.config import RLConfig, SFTConfig
+from fuserl.config import GenerateConfig, RLConfig, SFTConfig
 from fuserl.interrupt import EXIT_CODE, Interrupted
 from fuserl.optimizer import NonFiniteError
 
@@ -65,6 +65,24 @@ def test_yaml_alone_is_enough(yaml: Callable[[str], str]) -> None:
     path = yaml("model: m\ndata: d\nout: o\ngamma: 0.5\n")
     config = cli.parse(RLConfig, ["--config", path], prog="fuserl rl")
     assert config == RLConfig(model="m", data="d", out="o", gamma=0.5)
+
+
+def test_an_option_may_take_several_values(yaml: Callable[[str], str]) -> None:
+    def stops(*flags: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        config = cli.parse(GenerateConfig, ["--model=m", "--prompt=p", *flags], prog="fuserl")
+        return config.stop, config.stop_token_ids
+
+    assert stops() == ((), ())
+    flags = ["--stop", " a ", "\n", "---", "--stop-token-ids", "3", "4"]
+    assert stops(*flags) == ((" a ", "\n", "---"), (3, 4))
+    path = yaml('stop: [END, "---", "2"]\nstop_token_ids: [3, 4]')
+    several = f"--config={path}"
+    assert stops(several) == (("END", "---", "2"), (3, 4))
+    assert stops(several, "--stop=x") == (("x",), (3, 4)), "a flag wins, it adds nothing"
+    assert stops(f"--config={yaml('stop: END')}") == (("END",), ())
+    for wrong in ("stop: null", "stop: [[a]]", "stop: [true]", "stop: {a: b}"):
+        with pytest.raises(ValueError, match=r"options\.yaml: stop must be values, not"):
+            stops(f"--config={yaml(wrong)}")
 
 
 @pytest.mark.parametrize(
@@ -198,7 +216,7 @@ def test_the_stages_by_command(
     fuserl("reward", sft, f"--out={reward}")
     judged = f"--reward-model={reward}"
     fuserl("rl", sft, judged, f"--out={rl}", "--steps=1", "--max-new-tokens=4")
-    lines = fuserl("generate", rl, "--max-new-tokens=3").splitlines()
+    lines = fuserl("generate", rl, "--max-new-tokens=3", "--num-slots=5").splitlines()
     assert len(lines) == 24
     result = json.loads(fuserl("evaluate", rl, judged, "--max-new-tokens=3").split("\n", 1)[1])
     assert 0 <= result["win_rate"] <= 1

@@ -48,7 +48,10 @@ def test_every_field_says_what_it_is(kind: type) -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        *((kind, {"batch_size": 0}, "batch_size must be positive, got 0") for kind in ALL),
+        *(
+            (kind, {"batch_size": 0}, "batch_size must be positive, got 0")
+            for kind in (*TRAINING, EvaluateConfig)
+        ),
         *((kind, {"over_long": "cut"}, r"over_long must be one of \('filter', ") for kind in ALL),
         *((kind, {"learning_rate": 0.0}, "learning_rate must be positive") for kind in TRAINING),
         *((kind, {"learning_rate": float("nan")}, "learning_rate must be") for kind in TRAINING),
@@ -100,6 +103,12 @@ def test_every_field_says_what_it_is(kind: type) -> None:
         (GenerateConfig, {"num_samples": 0}, "num_samples must be positive"),
         (GenerateConfig, {"top_p": 2.0}, r"top_p must be in \(0, 1\]"),
         (GenerateConfig, {"top_k": -1}, "top_k must not be negative"),
+        (GenerateConfig, {"num_slots": 0}, "num_slots must be positive"),
+        (GenerateConfig, {"kv_budget_bytes": -1}, "kv_budget_bytes must be positive"),
+        (GenerateConfig, {"stop": ("a", "")}, "stop must not hold an empty string"),
+        (GenerateConfig, {"eos_token_id": 3, "ignore_eos": True}, "no sense with ignore_eos"),
+        (GenerateConfig, {"overwrite": True}, "overwrite makes no sense without an out file"),
+        (EvaluateConfig, {"num_slots": 0}, "num_slots must be positive"),
         (EvaluateConfig, {"temperature": -1.0}, "temperature must not be negative"),
         (EvaluateConfig, {"limit": 0}, "limit must be positive"),
         (EvaluateConfig, {"max_new_tokens": 0}, "max_new_tokens must be positive"),

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fuserl.generation import Generation
 from fuserl.interrupt import Interrupted
 from fuserl.model.cache import KVCache
 from fuserl.model.config import DecoderConfig
 from fuserl.model.folder import save_model
 from fuserl.model.heads import LanguageModel
 from fuserl.model.notes import FolderNotes
-from fuserl.policy import Generation, Policy, load_policy
+from fuserl.policy import Policy, load_policy
 from fuserl.rollout.decode import decode
 from fuserl.rollout.sampling import SamplingParams
 
@@ -123,12 +124,12 @@ def test_a_request_gets_the_same_completion_in_any_batch(
             assert logprobs == pytest.approx(together[row][1], abs=1e-5)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 7, 64])
-def test_batch_size_changes_no_draw(make_model: MakeModel, batch_size: int) -> None:
+@pytest.mark.parametrize("num_slots", [1, 4, 7, 64])
+def test_slots_change_no_draw(make_model: MakeModel, num_slots: int) -> None:
     policy = without_tokenizer(make_model(seed=1))
     options: dict[str, Any] = {"max_new_tokens": 10, "n": 3, "seed": 4}
-    whole = policy.generate(PROMPTS, **options, batch_size=1000)
-    assert policy.generate(PROMPTS, **options, batch_size=batch_size).token_ids == whole.token_ids
+    whole = policy.generate(PROMPTS, **options, num_slots=1000)
+    assert policy.generate(PROMPTS, **options, num_slots=num_slots).token_ids == whole.token_ids
     part = policy.generate(PROMPTS[2:], **options, first_request_id=6)
     assert part.token_ids == whole.token_ids[6:]
 
@@ -205,8 +206,8 @@ def test_each_prompt_has_its_own_limit(make_model: MakeModel) -> None:
     assert list(map(len, out.token_ids)) == limits
     expected = [row[:limit] for row, limit in zip(free.token_ids, limits, strict=True)]
     assert out.token_ids == expected
-    in_waves = policy.generate(PROMPTS, max_new_tokens=limits, ignore_eos=True, batch_size=2)
-    assert in_waves.token_ids == expected
+    refilled = policy.generate(PROMPTS, max_new_tokens=limits, ignore_eos=True, num_slots=2)
+    assert refilled.token_ids == expected
 
 
 def test_ignore_eos_goes_on_and_eos_is_kept(make_model: MakeModel) -> None:
@@ -263,13 +264,13 @@ def test_stored_logprobs_are_of_the_distribution_before_truncation(make_model: M
         ({"prompts": [[5], []]}, r"prompts\[1\] is empty"),
         ({"prompts": [[5], [5, 40]]}, r"prompts\[1\] holds token id 40.*vocabulary of 40"),
         ({"prompts": [[-1]]}, r"prompts\[0\] holds token id -1"),
-        ({"prompts": [[5]] * 6 + [[5] * 95], "batch_size": 2}, r"prompts\[6\] has 95 tokens.*96"),
+        ({"prompts": [[5]] * 6 + [[5] * 95], "num_slots": 2}, r"prompts\[6\] has 95 tokens.*96"),
         ({"max_new_tokens": 96}, r"prompts\[0\] has 6 tokens; with max_new_tokens 96"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"max_new_tokens": [4, 4]}, "max_new_tokens has 2 entries for 5 prompts"),
         ({"max_new_tokens": [4] * 6}, "max_new_tokens has 6 entries for 5 prompts"),
-        ({"n": 0}, "n and batch_size must be at least 1"),
-        ({"batch_size": 0}, "n and batch_size must be at least 1"),
+        ({"n": 0}, "n must be at least 1"),
+        ({"num_slots": 0}, "num_slots must be at least 1"),
         ({"eos_token_id": 40}, "eos_token_id 40 is outside the vocabulary of 40"),
         ({"temperature": -1.0}, "temperature must not be negative"),
         ({"top_k": -1}, "top_k must not be negative"),

@@ -56,6 +56,13 @@ def test_special_ids_and_size(tokenizer: Tokenizer) -> None:
     assert 259 < tokenizer.vocab_size <= 300
 
 
+def test_special_tokens_spelled_out_are_found(tokenizer: Tokenizer) -> None:
+    assert tokenizer.special_tokens_in("a</s>b<s>") == {"<s>": 1, "</s>": 2}
+    assert tokenizer.special_tokens_in("</ s>, <S> and the fox") == {}
+    for token, i in tokenizer.special_tokens_in("<pad><s></s>").items():
+        assert token not in tokenizer.decode([i])
+
+
 def test_prompt_begins_with_bos_and_has_no_eos(tokenizer: Tokenizer) -> None:
     text = "the lazy dog"
     assert tokenizer.encode_prompt(text) == [1, *tokenizer.encode_text(text)]

@@ -49,7 +49,7 @@ class FuserlGenerator:
             temperature=0.0 if greedy else 1.0,
             ignore_eos=True,
         )
-        self._kv_bytes = getattr(found, "kv_bytes", None)  # of engines that count them
+        self._kv_bytes = found.kv_bytes
         return Completions(found.token_ids, found.logprobs)
 
     @property

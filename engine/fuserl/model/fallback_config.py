@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fuserl.model.config import DecoderConfig
-from fuserl.model.config_json import GENERATION_FILE
+from fuserl.model.config_json import CONFIG_FILE, GENERATION_FILE
 from fuserl.model.fallback import FAMILY
 from fuserl.model.files import read_json
 
@@ -54,6 +54,7 @@ def read_config(folder: Path, reason: ValueError) -> DecoderConfig:
         bos_token_id=bos,
         eos_token_id=next(iter(eos), None) if isinstance(eos, list | tuple) else eos,
         pad_token_id=pad,
+        source=read_json(folder / CONFIG_FILE),
         generation=read_json(generation) if generation.exists() else {},
     )
 

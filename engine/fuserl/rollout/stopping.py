@@ -33,8 +33,8 @@ class StopRule:
         tokenizer: Tokenizer | None = None,
         vocab_size: int,
     ) -> "StopRule":
-        """ValueError for ids outside the vocabulary, an empty string, and strings without a
-        tokenizer."""
+        """ValueError for ids outside the vocabulary, an empty string, a string that no text can
+        hold, and strings without a tokenizer."""
         strings = (stop,) if isinstance(stop, str) else tuple(stop)
         ids = frozenset(stop_token_ids) | ({eos_token_id} if eos_token_id is not None else set())
         for name, numbers in (("eos_token_id", {eos_token_id}), ("stop_token_ids", ids)):
@@ -43,8 +43,14 @@ class StopRule:
                 raise ValueError(f"{name} {wrong[0]} is outside the vocabulary of {vocab_size}")
         if not all(strings):
             raise ValueError("stop must not hold an empty string")
-        if strings and tokenizer is None:
-            raise ValueError("stop strings need a tokenizer: give stop_token_ids instead")
+        for string in strings:
+            if tokenizer is None:
+                raise ValueError("stop strings need a tokenizer: give stop_token_ids instead")
+            for token, i in tokenizer.special_tokens_in(string).items():
+                raise ValueError(
+                    f"stop {string!r} holds the special token {token!r}, which is in no text: "
+                    f"give its id {i} in stop_token_ids"
+                )
         return cls(token_ids=ids, strings=strings, tokenizer=tokenizer)
 
     def stop_table(self, vocab_size: int, device: torch.device) -> Tensor | None:
@@ -70,6 +76,11 @@ class StopRule:
         if self.tokenizer is None or not self._is_in(token_ids):
             return None
         return next(n for n in range(1, len(token_ids) + 1) if self._is_in(token_ids[:n]))
+
+    def cut(self, text: str) -> str:
+        """What of a completion's text stands before the first stop string."""
+        found = [at for string in self.strings if (at := text.find(string)) >= 0]
+        return text[: min(found)] if found else text
 
     def _is_in(self, token_ids: Sequence[int]) -> bool:
         if self.tokenizer is None or not self.strings:
