@@ -113,7 +113,7 @@ class Trainer:
         reward.seconds = 0.0
         before = Reading.now()
         sampled = rollout(
-            policy, prompts, config, eos_token_id=None, step=number, on_step=lambda: None
+            policy, prompts, config, eos_token_ids=(), step=number, on_step=lambda: None
         )
         generated = time.perf_counter()
         scored = score(

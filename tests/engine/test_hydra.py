@@ -140,7 +140,7 @@ def sample(models: Models, config: RLConfig) -> Sampled:
 
     def sampled_with(eos: int | None) -> RolloutBatch:
         return rollout(
-            models.policy, prompts, config, eos_token_id=eos, step=0, on_step=lambda: None
+            models.policy, prompts, config, eos_token_ids=[eos], step=0, on_step=lambda: None
         )
 
     early = sampled_with(None).completions[:, 1:6]

@@ -161,7 +161,7 @@ class RLStep:
             self.policy,
             self._prompts,
             self.config,
-            eos_token_id=None,
+            eos_token_ids=(),
             step=0,
             on_step=lambda: None,
         )

@@ -1,6 +1,6 @@
 """The first phase of a step: which prompts, and completions sampled for them, as one record."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from torch.nn.functional import pad
 
@@ -13,6 +13,7 @@ from fuserl.rollout.decode import decode
 from fuserl.rollout.engine import RolloutFacts
 from fuserl.rollout.requests import Completion
 from fuserl.rollout.sampling import SamplingParams
+from fuserl.rollout.stopping import StopRule
 from fuserl.sequences import mask_of_lengths
 
 
@@ -32,7 +33,7 @@ def rollout(
     prompts: Sequence[Prompt],
     config: RLConfig,
     *,
-    eos_token_id: int | None,
+    eos_token_ids: Collection[int],
     step: int,
     on_step: Callable[[], None],
     on_completion: Callable[[Completion], None] | None = None,
@@ -40,14 +41,14 @@ def rollout(
 ) -> RolloutBatch:
     """Sample one completion for each of `prompts` (samples of one prompt stand together).
 
-    on_step: called every few tokens; it may raise to give the rollout up. on_completion: called
+    eos_token_ids: each ends a completion. on_step: called every few tokens; it may raise to give the rollout up. on_completion: called
     with each completion as it finishes. facts: filled in."""
     out = decode(
         model,
         [prompt.ids for prompt in prompts[:: config.num_samples]],
         max_new_tokens=config.max_new_tokens,
         sampling=SamplingParams(temperature=config.temperature, seed=config.seed),
-        eos_token_id=eos_token_id,
+        stop=StopRule.of(None, stop_token_ids=eos_token_ids, vocab_size=model.config.vocab_size),
         num_samples=config.num_samples,
         request_ids=range(step * len(prompts), (step + 1) * len(prompts)),
         num_slots=config.rollout_slots,

@@ -124,7 +124,7 @@ class RLTrainer:
                         policy.model,
                         chosen,
                         config,
-                        eos_token_id=policy.eos_token_id,
+                        eos_token_ids=policy.eos_token_ids,
                         step=step,
                         on_step=run.check,
                         on_completion=on_completion,
