@@ -139,8 +139,9 @@ def sample(models: Models, config: RLConfig) -> Sampled:
     prompts = [Prompt(tuple(row.tolist()), "", {}, "") for row in ids for _ in range(2)]
 
     def sampled_with(eos: int | None) -> RolloutBatch:
+        ids = [] if eos is None else [eos]
         return rollout(
-            models.policy, prompts, config, eos_token_ids=[eos], step=0, on_step=lambda: None
+            models.policy, prompts, config, eos_token_ids=ids, step=0, on_step=lambda: None
         )
 
     early = sampled_with(None).completions[:, 1:6]

@@ -41,8 +41,8 @@ def rollout(
 ) -> RolloutBatch:
     """Sample one completion for each of `prompts` (samples of one prompt stand together).
 
-    eos_token_ids: each ends a completion. on_step: called every few tokens; it may raise to give the rollout up. on_completion: called
-    with each completion as it finishes. facts: filled in."""
+    eos_token_ids: each ends a completion. on_step: called every few tokens; it may raise to give
+    the rollout up. on_completion: called with each completion as it finishes. facts: filled in."""
     out = decode(
         model,
         [prompt.ids for prompt in prompts[:: config.num_samples]],

@@ -36,11 +36,12 @@ class StopRule:
         """ValueError for ids outside the vocabulary, an empty string, a string that no text can
         hold, and strings without a tokenizer."""
         strings = (stop,) if isinstance(stop, str) else tuple(stop)
-        ids = frozenset(stop_token_ids) | ({eos_token_id} if eos_token_id is not None else set())
-        for name, numbers in (("eos_token_id", {eos_token_id}), ("stop_token_ids", ids)):
-            wrong = [i for i in numbers if i is not None and not 0 <= i < vocab_size]
+        eos = () if eos_token_id is None else (eos_token_id,)
+        for name, numbers in (("eos_token_id", eos), ("stop_token_ids", tuple(stop_token_ids))):
+            wrong = [i for i in numbers if not isinstance(i, int) or not 0 <= i < vocab_size]
             if wrong:
                 raise ValueError(f"{name} {wrong[0]} is outside the vocabulary of {vocab_size}")
+        ids = frozenset((*eos, *stop_token_ids))
         if not all(strings):
             raise ValueError("stop must not hold an empty string")
         for string in strings:
@@ -93,5 +94,5 @@ def _table(ids: Collection[int], vocab_size: int, device: torch.device) -> Tenso
     if not ids:
         return None
     table = torch.zeros(vocab_size, dtype=torch.bool)
-    table[list(ids)] = True
+    table[torch.tensor(sorted(ids))] = True
     return table.to(device)
