@@ -9,6 +9,7 @@ templates need. transformers is imported by the functions that need it, not by t
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -95,6 +96,16 @@ class Tokenizer:
         """`encode_prompt` of each, in parallel."""
         prefix, length = self._prefix, len(self._prefix)
         return [ids if ids[:length] == prefix else prefix + ids for ids in self.encode_texts(texts)]
+
+    @functools.cached_property
+    def token_texts(self) -> list[str]:
+        """The text of each id alone, as `decode` gives it."""
+        texts: list[str] = self._tokenizer.batch_decode(
+            [[i] for i in range(self.vocab_size)],
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        )
+        return texts
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids` without special tokens, spaces as they are."""

@@ -160,6 +160,8 @@ class _Schedule:
         self._live: dict[int, _Sample] = {}  # by slot
         self._items: dict[int, int] = {}  # of prompts that are in the cache
         self._num_live: dict[int, int] = {}  # samples of each of them
+        self._flagged = options.stop.flagged_ids
+        self._looked_at: dict[int, int] = {}  # tokens of a slot that were searched for strings
 
     def run(self, on_step: Callable[[], None] | None) -> Iterator[Completion]:
         while self._queue:
@@ -230,6 +232,7 @@ class _Schedule:
             trunk_states=self._runner.kept(ended.slot, length),
         )
         self._queue.finish(sample)
+        self._looked_at.pop(ended.slot, None)
         self._free_slots.append(ended.slot)
         self._num_live[sample.prompt] -= 1
         if self._num_live[sample.prompt] == 0 and not self._still_waits(sample.prompt):
@@ -247,8 +250,10 @@ class _Schedule:
         n = rows.num_rows
         found = []
         for slot, length in zip(rows.slots[:n].tolist(), rows.lengths[:n].tolist(), strict=True):
-            met = self._stop.met_at(rows.token_ids[slot, :length].tolist())
-            if met is not None:
+            token_ids = rows.token_ids[slot, :length].tolist()
+            new = token_ids[self._looked_at.get(slot, 0) :]
+            self._looked_at[slot] = length
+            if not self._flagged.isdisjoint(new) and (met := self._stop.met_at(token_ids)):
                 found.append(Ended(slot, met, End.STOP))
         if not found:
             return

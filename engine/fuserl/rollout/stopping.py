@@ -59,17 +59,23 @@ class StopRule:
         return _table(self.token_ids, vocab_size, device)
 
     def flag_table(self, vocab_size: int, device: torch.device) -> Tensor | None:
-        """[V] bool, True for each token after which the text may hold a stop string that it did
-        not hold before; None without strings."""
+        """[V] bool, True for the flagged ids; None where there are none."""
+        return _table(self.flagged_ids, vocab_size, device)
+
+    @property
+    def flagged_ids(self) -> frozenset[int]:
+        """The tokens after which the text may hold a stop string that it did not hold before."""
         if self.tokenizer is None or not self.strings:
-            return None
-        last, every = {string[-1] for string in self.strings}, range(self.tokenizer.vocab_size)
+            return frozenset()
+        last = {string[-1] for string in self.strings}
         if " " in last:  # a tokenizer may leave out the space that a token alone begins with
-            return _table(every, vocab_size, device)
-        texts = (self.tokenizer.decode([i]) for i in every)
+            return frozenset(range(self.tokenizer.vocab_size))
         # A token that is part of a character may complete one.
-        flagged = [i for i, text in enumerate(texts) if _BROKEN in text or last & set(text)]
-        return _table(flagged, vocab_size, device)
+        return frozenset(
+            i
+            for i, text in enumerate(self.tokenizer.token_texts)
+            if _BROKEN in text or last & set(text)
+        )
 
     def met_at(self, token_ids: Sequence[int]) -> int | None:
         """The number of tokens after which the text of a completion first holds one of the
