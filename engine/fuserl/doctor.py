@@ -36,6 +36,9 @@ def run_doctor() -> None:
     print("\nattention while training")
     for line in _attention(devices):
         print(f"  {line}")
+    print("\nrollouts")
+    for line in _rollouts(devices):
+        print(f"  {line}")
     advice = _advice()
     print("\nto go faster" if advice else "\nnothing to install would make this machine faster")
     for line in advice:
@@ -78,6 +81,20 @@ def _attention(devices: Sequence[str]) -> list[str]:
             capped = choice(torch.device(device), dtype, softcap=True)
             if capped != (name, why):
                 lines.append(f"{'  with soft caps':26}{capped[0]} ({capped[1]})")
+    return lines
+
+
+def _rollouts(devices: Sequence[str]) -> list[str]:
+    """What decodes on each device."""
+    if backend.available()["native"].startswith("no"):
+        cpu = "the decoder's modules, with torch's products: bits depend on the batch"
+    else:
+        cpu = "a loop in C++ for Llama-style families, else the decoder's modules; products in a"
+        cpu += " fixed order"
+    lines = [f"{'cpu':26}{cpu}"]
+    if "cuda" in devices:
+        lines.append(f"{'cuda':26}the decoder's modules, each step a captured graph")
+    lines.append(f"{'through transformers':26}in waves: all rows of one begin together")
     return lines
 
 
