@@ -6,6 +6,7 @@ import pytest
 
 from fuserl import doctor
 from fuserl.model import attention
+from fuserl_kernels import native
 
 
 def test_it_reports_the_attention_in_use(capsys: pytest.CaptureFixture[str]) -> None:
@@ -15,6 +16,17 @@ def test_it_reports_the_attention_in_use(capsys: pytest.CaptureFixture[str]) -> 
     assert any(line.split()[:3] == ["cpu", "float32", "sdpa"] for line in lines)
     assert any(line.split()[:3] == ["cpu", "bfloat16", "sdpa"] for line in lines)
     assert any(line.startswith("    with soft caps") and "plain" in line for line in lines)
+
+
+@pytest.mark.parametrize("absent", [None, "no compiler"])
+def test_it_says_how_rollouts_run(absent: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "why_absent", lambda: absent)
+    monkeypatch.setattr(native, "describe", lambda: "made up")
+    cpu, cuda, others = doctor._rollouts(["cpu", "cuda"])
+    assert ("C++" in cpu) == (absent is None)
+    assert ("bits depend on the batch" in cpu) == (absent is not None)
+    assert "captured graph" in cuda
+    assert "waves" in others
 
 
 @pytest.mark.parametrize("installed", [False, True])
