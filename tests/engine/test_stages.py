@@ -31,6 +31,7 @@ from fuserl.model.packing import Packing
 from fuserl.policy import Policy, load_policy
 from fuserl.quickstart import pipeline
 from fuserl.rewards import RewardError
+from fuserl.rollout import engine
 from fuserl.rollout.collect import choose_prompts
 from fuserl.stages.reward import PairwiseLoss, RewardTrainer
 from fuserl.stages.rl import RLTrainer
@@ -459,7 +460,8 @@ def test_transformers_opens_what_the_stages_leave(finished: dict[str, Path]) -> 
 
 
 class interrupted_at:
-    """Within, the nth question whether a signal has come is answered yes, and the run stops."""
+    """Within, the nth question whether a signal has come is answered yes, and the run stops. A
+    rollout asks before each token, as one of many tokens does every few: it stops in the middle."""
 
     def __init__(self, nth: int) -> None:
         self._nth = nth
@@ -474,6 +476,7 @@ class interrupted_at:
             check(flag)
 
         self._patch.setattr(InterruptFlag, "check", counted)
+        self._patch.setattr(engine, "STEPS_BETWEEN_CALLS", 1)
 
     def __exit__(self, kind: type | None, *_: object) -> bool:
         self._patch.undo()
