@@ -35,7 +35,7 @@ def rollout(
     on_token: Callable[[], None],
 ) -> RolloutBatch:
     """Sample one completion for each of `prompts` (samples of one prompt stand together).
-    on_token: called before each decode step; it may raise to give the rollout up."""
+    on_token: called every few decode steps; it may raise to give the rollout up."""
     out = decode(
         model,
         [prompt.ids for prompt in prompts[:: config.num_samples]],
