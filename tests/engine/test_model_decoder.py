@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from packed import run, run_one
+from random_models import scramble
 from torch import Tensor, nn
 
 from fuserl.model.attention import choice, packed_attention
@@ -79,19 +80,6 @@ CONFIGS = {
 }
 
 config_of_each_kind = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-
-
-@torch.no_grad()
-def scramble(model: nn.Module) -> Any:
-    """Weights of ordinary size everywhere, biases and norms included, so that every parameter
-    shows in the output."""
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "norm" in name and name.endswith("weight"):
-            parameter.uniform_(0.5, 1.5, generator=generator)
-        else:
-            parameter.normal_(std=0.3, generator=generator)
-    return model
 
 
 def random_rows(lengths: list[int]) -> list[list[int]]:
