@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fuserl.model.config import DecoderConfig, Rope, RopeScaling
 from fuserl.model.heads import LanguageModel
@@ -128,10 +128,17 @@ def assert_same(ours: Completions, theirs: Completions, rows: Sequence[int] | No
     assert torch.equal(ours.has_eos, theirs.has_eos[which])
     width = ours.token_ids.shape[1]
     assert torch.equal(ours.token_ids, theirs.token_ids[which, :width])
-    for name in ("logprobs", "truncated_logprobs"):
-        mine: Tensor = getattr(ours, name)
-        other: Tensor = getattr(theirs, name)[which, :width]
+    pairs = [
+        (getattr(ours, name), getattr(theirs, name)[which, :width])
+        for name in ("logprobs", "truncated_logprobs")
+    ]
+    assert (ours.trunk_states is None) == (theirs.trunk_states is None)
+    if ours.trunk_states is not None and theirs.trunk_states is not None:
+        assert rows is None, "streams of some rows stand elsewhere"
+        pairs.append((ours.trunk_states, theirs.trunk_states))
+    for mine, other in pairs:
         if native.why_absent() is None:
-            assert torch.equal(mine, other), name
+            assert torch.equal(mine, other)
         else:
-            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+            near = 1e-5 * float(other.abs().max())
+            torch.testing.assert_close(mine, other, rtol=0, atol=near)

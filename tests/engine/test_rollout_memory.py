@@ -83,7 +83,6 @@ def test_it_goes_on_with_half_the_slots(
     assert sorted(finished) == list(range(10)), "each once"
     assert out.facts.num_slots == 3
     assert_same(out, whole)
-    assert torch.equal(torch.as_tensor(out.trunk_states), torch.as_tensor(whole.trunk_states))
     assert [record.getMessage() for record in caplog.records] == [
         "out of memory with 6 sequences at a time: the rollout goes on with 3"
     ]
