@@ -16,6 +16,7 @@ from random_models import (
 )
 from torch import Tensor
 
+import fuserl_kernels as fk
 from fuserl.model.attention import packed_attention
 from fuserl.model.config import DecoderConfig, Rope
 from fuserl.model.fixed_attention import fixed_attention
@@ -134,6 +135,38 @@ def test_what_was_sampled_is_scored_with_the_same_bits(
         assert torch.equal(*trainers(model, prompts, out, [0, 9]))
     model.trunk.checkpointing = True
     assert torch.equal(*trainers(model, prompts, out, [0, 9]))
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["llama_grouped", "gemma2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_first_update_sees_a_ratio_of_one(name: str, dtype: torch.dtype) -> None:
+    """Exactly: no pass over old log-probabilities would find others."""
+    model = scrambled(name, dtype)
+    prompts, out = rolled_out(model)
+    model.trunk.exact = True
+    lengths = out.lengths.tolist()
+    sequences = Sequences.of(
+        prompts, [row[:n] for row, n in zip(out.token_ids.tolist(), lengths, strict=True)]
+    )
+    stored = torch.cat([row[:n] for row, n in zip(out.logprobs, lengths, strict=True)])
+    ones = torch.ones_like(stored)
+    loss, metrics = fk.linear_policy_loss(
+        sequences.hidden_states(model.trunk)[sequences.before],
+        model.output_weight,
+        sequences.completion_ids,
+        stored,
+        ones,
+        ones.bool(),
+        softcap=model.config.final_softcap,
+        temperature=SAMPLINGS["cool"].temperature,
+    )
+    loss.backward()
+    assert float(metrics["policy/approxkl"]) == 0
+    assert float(metrics["val/ratio"]) == 1
+    assert float(metrics["val/ratio_var"]) == 0
+    assert loss.item() == -1
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
 @needs_native

@@ -167,6 +167,24 @@ def test_slots_are_filled_again_beside_live_rows(sample: Sample, watched: Watche
     assert rows == 21
 
 
+def test_rows_that_ended_are_dropped_from_the_modules_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Once they are a quarter of it; that none waits for their slots is no reason to keep them."""
+    kind, sizes = choose_runner("modules", monkeypatch), []
+    step = kind._step
+
+    def watched_step(it: Any, num_rows: int) -> None:
+        sizes.append(num_rows)
+        step(it, num_rows)
+
+    monkeypatch.setattr(kind, "_step", watched_step)
+    limits = [4, 6, 6, 6, 6, 8, 8, 14]
+    out = decode(scrambled(), [[5]] * 8, max_new_tokens=limits, sampling=SAMPLINGS["cool"])
+    assert out.lengths.tolist() == limits
+    assert sizes == [8] * 6 + [3] * 2 + [1] * 6
+
+
 def test_the_cache_is_as_large_as_planned(model: LanguageModel, sample: Sample) -> None:
     requests = [
         PromptRequest(ids=prompt, max_new_tokens=limit, request_ids=[0] * NUM_SAMPLES)
