@@ -17,6 +17,10 @@ void sample_tokens(Address logits, Dtype dtype, Size num_rows, Size vocab_size, 
         num_threads);
 }
 
+void cap_logits(Address logits, Size num_rows, Size vocab_size, float softcap, int num_threads) {
+    fuserl::cap_logits(at<float>(logits), num_rows, vocab_size, softcap, num_threads);
+}
+
 }  // namespace
 
 void bind_sampling(py::module_& module) {
@@ -24,4 +28,6 @@ void bind_sampling(py::module_& module) {
                "vocab_size"_a, "row_stride"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a,
                "seed"_a, "request_ids"_a, "positions"_a, "token_ids"_a, "logprobs"_a,
                "truncated_logprobs"_a, "num_threads"_a, Unlocked());
+    module.def("cap_logits", &cap_logits, py::kw_only(), "logits"_a, "num_rows"_a, "vocab_size"_a,
+               "softcap"_a, "num_threads"_a, Unlocked());
 }

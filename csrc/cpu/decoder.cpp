@@ -6,7 +6,6 @@
 #include <string>
 
 #include "decode_attention.h"
-#include "kernel_functions.h"
 #include "norms.h"
 #include "parallel.h"
 #include "rotary.h"
@@ -247,14 +246,8 @@ void NativeDecoder::draw(const DecodeRows& rows, const DrawRule& rule, const Dra
         product({row_of(rows.hidden, first, row_bytes), count, shape.hidden_size, 1,
                  head.weight, head.bias, logits, Dtype::kFloat32, vocab_size},
                 num_threads);
-        if (shape.final_softcap != 0.0f) {
-            const auto cap = kernel_functions().sampling.cap;
-            parallel_rows(count, vocab_size, num_threads,
-                          [&](std::int64_t begin, std::int64_t end) {
-                              cap(logits + begin * vocab_size, (end - begin) * vocab_size,
-                                  shape.final_softcap);
-                          });
-        }
+        if (shape.final_softcap != 0.0f)
+            cap_logits(logits, count, vocab_size, shape.final_softcap, num_threads);
         sample_tokens({logits, Dtype::kFloat32, count, vocab_size, vocab_size, rule.temperature,
                        rule.top_k, rule.top_p, rule.min_p, rule.seed, rows.request_ids + first,
                        rows.lengths + first, drawn.token_ids + first, drawn.logprobs + first,

@@ -53,4 +53,12 @@ void sample_tokens(const Sampling& task, int num_threads) {
     });
 }
 
+void cap_logits(float* logits, std::int64_t num_rows, std::int64_t vocab_size, float softcap,
+                int num_threads) {
+    const auto cap = kernel_functions().sampling.cap;
+    parallel_rows(num_rows, vocab_size, num_threads, [&](std::int64_t first, std::int64_t last) {
+        cap(logits + first * vocab_size, (last - first) * vocab_size, softcap);
+    });
+}
+
 }  // namespace fuserl

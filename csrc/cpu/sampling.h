@@ -40,6 +40,11 @@ struct Sampling {
 // Throws std::invalid_argument for a vocabulary of 2^32 or more.
 void sample_tokens(const Sampling& task, int num_threads);
 
+// Logits [num_rows, vocab_size], contiguous, become softcap * tanh(logits / softcap), to the bits of
+// token_logprobs' own.
+void cap_logits(float* logits, std::int64_t num_rows, std::int64_t vocab_size, float softcap,
+                int num_threads);
+
 constexpr std::int64_t kSamplingLanes = 2048;  // lanes of the CDF: LANES of the definition
 constexpr std::int64_t kBins = 2048;           // of a histogram
 constexpr int kCopies = 2;                     // of a histogram, which entries take in turn
@@ -70,7 +75,7 @@ struct SamplingScratch {
 struct SamplingFunctions {
     void (*sample)(const Sampling& task, std::int64_t first, std::int64_t last,
                    SamplingScratch& scratch);
-    // x [count] becomes softcap * tanh(x / softcap), to the bits of token_logprobs' own.
+    // Of x [count]: see cap_logits.
     void (*cap)(float* x, std::int64_t count, float softcap);
 };
 

@@ -56,6 +56,8 @@ class PackedWeight:
         gradient."""
         if x.stride(1) != 1 and x.dtype != torch.float32:
             x = x.contiguous()
+        if bias is not None:
+            bias = bias.contiguous()  # alive until the call returns
         if out is None:
             out = x.new_empty(x.shape[0], self.num_outputs)
         native.module().product(
@@ -67,7 +69,7 @@ class PackedWeight:
             dtype=native.dtype(x),
             num_outputs=self.num_outputs,
             num_inputs=self.num_inputs,
-            bias=native.address(None if bias is None else bias.contiguous()),
+            bias=native.address(bias),
             out=out.data_ptr(),
             out_dtype=native.dtype(out),
             out_stride=out.stride(0),

@@ -12,13 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuserl.generation import Generation
 from fuserl.interrupt import Interrupted
-from fuserl.model.cache import KVCache
 from fuserl.model.config import DecoderConfig
 from fuserl.model.folder import save_model
 from fuserl.model.heads import LanguageModel
 from fuserl.model.notes import FolderNotes
 from fuserl.policy import Policy, load_policy
+from fuserl.rollout import native_runner
 from fuserl.rollout.decode import decode
+from fuserl.rollout.module_runner import ModuleRunner
+from fuserl.rollout.native_runner import NativeRunner
 from fuserl.rollout.sampling import SamplingParams
 
 PROMPTS = [[5, 9, 3, 11, 7, 30], [8], [12, 4, 6], [9, 9, 31, 22, 10, 6, 3, 3, 5], [33, 21]]
@@ -37,17 +39,22 @@ def frequent_id(out: Generation) -> int:
 
 
 @pytest.fixture
-def compactions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of rows each KVCache.keep was left with."""
+def moves(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Each time that rows ended beside others: how many those were, which moved together."""
     seen: list[int] = []
-    keep = KVCache.keep
-
-    def watched(self: KVCache, rows: torch.Tensor) -> None:
-        seen.append(len(rows))
-        keep(self, rows)
-
-    monkeypatch.setattr(KVCache, "keep", watched)
+    for kind in (NativeRunner, ModuleRunner):
+        monkeypatch.setattr(kind, "run", watched(kind.run, seen))
     return seen
+
+
+def watched(run: Callable[..., Any], seen: list[int]) -> Callable[..., Any]:
+    def watching(self: NativeRunner | ModuleRunner, *limits: int) -> Any:
+        ended = run(self, *limits)
+        if ended and self.rows.num_rows:
+            seen.append(self.rows.num_rows)
+        return ended
+
+    return watching
 
 
 @pytest.mark.parametrize(
@@ -60,17 +67,17 @@ def compactions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     ids=["grouped", "multi_head_untied", "one_kv_head"],
 )
 def test_greedy_equals_transformers_generate(
-    changes: dict[str, Any], make_model: MakeModel, tmp_path: Path, compactions: list[int]
+    changes: dict[str, Any], make_model: MakeModel, tmp_path: Path, moves: list[int]
 ) -> None:
     from transformers import AutoModelForCausalLM
 
     model = make_model(seed=3, **changes)
     policy = without_tokenizer(model)
-    free = policy.generate(PROMPTS, max_new_tokens=16, temperature=0.0, ignore_eos=True)
+    free = policy.generate(PROMPTS, max_new_tokens=24, temperature=0.0, ignore_eos=True)
     eos = frequent_id(free)
     assert len({tuple(row) for row in free.token_ids}) == len(PROMPTS)
 
-    ours = policy.generate(PROMPTS, max_new_tokens=16, temperature=0.0, eos_token_id=eos)
+    ours = policy.generate(PROMPTS, max_new_tokens=24, temperature=0.0, eos_token_id=eos)
     save_model(model, tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
     for prompt, row in zip(PROMPTS, ours.token_ids, strict=True):
@@ -79,7 +86,7 @@ def test_greedy_equals_transformers_generate(
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
-            max_new_tokens=16,
+            max_new_tokens=24,
             eos_token_id=eos,
             pad_token_id=0,
         )[0, len(prompt) :]
@@ -90,11 +97,11 @@ def test_greedy_equals_transformers_generate(
     assert [
         row[: len(short)] for row, short in zip(free.token_ids, ours.token_ids, strict=True)
     ] == (ours.token_ids)
-    assert compactions, "no row was ever dropped: the test does not reach compaction"
+    assert moves, "no row ever ended beside others: the test does not reach what moves them"
 
 
 def test_a_request_gets_the_same_completion_in_any_batch(
-    make_model: MakeModel, compactions: list[int]
+    make_model: MakeModel, moves: list[int]
 ) -> None:
     model = make_model(seed=1)
     numbers = [7, 3, 100, 41, 5]
@@ -117,7 +124,7 @@ def test_a_request_gets_the_same_completion_in_any_batch(
 
     together = sample([0, 1, 2, 3, 4])
     assert len({len(ids) for ids, _ in together.values()}) > 1
-    assert compactions
+    assert moves
     for rows in ([4, 2, 0, 3, 1], [1, 3], [0], [2], [3], [4, 0]):
         for row, (ids, logprobs) in sample(rows).items():
             assert ids == together[row][0], rows
@@ -159,9 +166,12 @@ def test_an_ended_row_passes_no_table_of_positions(make_model: MakeModel) -> Non
         assert alone.token_ids == [row]
 
 
-def test_no_token_waits_for_the_device_to_count(make_model: MakeModel) -> None:
-    """On a GPU, picking by a mask waits until the mask is there and counted."""
-    begun: list[int] = []
+def test_no_token_waits_for_the_device_to_count(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, picking by a mask waits until the mask is there and counted; and a captured step
+    can do neither that nor read a number."""
+    num_steps = 0
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(
@@ -173,24 +183,27 @@ def test_no_token_waits_for_the_device_to_count(make_model: MakeModel) -> None:
                 for tensor in (indices if isinstance(indices, list | tuple) else ())
                 if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.bool
             ]
-            counts = str(func.overloadpacket) in ("aten.nonzero", "aten.masked_select")
-            assert not begun or not (masks or counts), func
+            waits = ("aten.nonzero", "aten.masked_select", "aten._local_scalar_dense")
+            assert not masks, func
+            assert str(func.overloadpacket) not in waits, func
             return func(*args, **(kwargs or {}))
 
+    step = ModuleRunner._step
+
+    def watched_step(self: ModuleRunner, num_rows: int) -> None:
+        nonlocal num_steps
+        num_steps += 1
+        with Watch():
+            step(self, num_rows)
+
+    monkeypatch.setattr(ModuleRunner, "_step", watched_step)
+    monkeypatch.setattr(native_runner, "why_not", lambda model: "the modules are asked for")
     model = make_model(seed=3, init_std=0.3)
     options: dict[str, Any] = {"max_new_tokens": 12, "sampling": SamplingParams(temperature=1.0)}
     free = decode(model, PROMPTS, eos_token_id=None, num_samples=4, **options)
     eos = int(free.token_ids[:, 2:5].flatten().mode().values)
-    with Watch():
-        ended = decode(
-            model,
-            PROMPTS,
-            eos_token_id=eos,
-            num_samples=4,
-            on_step=lambda: begun.append(1),
-            **options,
-        )
-    assert begun
+    ended = decode(model, PROMPTS, eos_token_id=eos, num_samples=4, **options)
+    assert num_steps == 12 + int(ended.lengths.max())
     assert ended.has_eos.any()
     assert not ended.has_eos.all()
     for row, length, whole in zip(ended.token_ids, ended.lengths, free.token_ids, strict=True):
@@ -337,7 +350,7 @@ def test_logprobs_of_an_empty_completion_are_empty(make_model: MakeModel) -> Non
 def test_an_interrupt_leaves_the_model_usable(make_model: MakeModel) -> None:
     model = make_model(seed=1)
     policy = without_tokenizer(model)
-    before = policy.generate(PROMPTS, max_new_tokens=8)
+    before = policy.generate(PROMPTS, max_new_tokens=80)
     steps = []
 
     def stop_at_third() -> None:
@@ -349,13 +362,13 @@ def test_an_interrupt_leaves_the_model_usable(make_model: MakeModel) -> None:
         decode(
             model,
             PROMPTS,
-            max_new_tokens=8,
+            max_new_tokens=80,
             sampling=SamplingParams(),
             eos_token_id=None,
             on_step=stop_at_third,
         )
     assert len(steps) == 3
-    assert policy.generate(PROMPTS, max_new_tokens=8) == before
+    assert policy.generate(PROMPTS, max_new_tokens=80) == before
 
 
 def test_texts_go_through_the_template(make_policy: Callable[..., Policy]) -> None:

@@ -95,7 +95,9 @@ def test_logits_and_gradients_equal_transformers(name: str, folder_of: Folders) 
     assert ours.output_weight.grad is not None
 
 
-def greedy(model: LanguageModel, eos: int | None, num_samples: int = 1) -> list[list[int]]:
+def greedy(
+    model: LanguageModel, eos: int | None, num_samples: int = 1, num_slots: int | None = None
+) -> list[list[int]]:
     out = decode(
         model,
         ROWS,
@@ -103,6 +105,7 @@ def greedy(model: LanguageModel, eos: int | None, num_samples: int = 1) -> list[
         sampling=SamplingParams(temperature=0.0),
         eos_token_id=eos,
         num_samples=num_samples,
+        num_slots=num_slots,
     )
     lengths = out.lengths.tolist()
     return [row[:n] for row, n in zip(out.token_ids.tolist(), lengths, strict=True)]
@@ -119,6 +122,7 @@ def test_greedy_completions_equal_transformers_generate(name: str, folder_of: Fo
     eos = max(set(ids), key=ids.count)
     rows = greedy(ours, eos, num_samples=2)
     assert rows[::2] == rows[1::2]
+    assert greedy(ours, eos, num_samples=2, num_slots=3) == rows, "in waves"
     for prompt, row in zip(ROWS, rows[::2], strict=True):
         given = torch.tensor([prompt])
         expected = theirs.generate(

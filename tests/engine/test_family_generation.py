@@ -7,6 +7,8 @@ import torch
 from tiny_models import FAMILY_MODELS, LENGTH, VOCAB_SIZE
 
 from fuserl.policy import Policy, load_policy
+from fuserl.rollout.decode import decode
+from fuserl.rollout.sampling import SamplingParams
 
 PROMPT_LENGTHS = (3, 17, 1, 9, LENGTH // 2)
 NUM_TOKENS = LENGTH // 2
@@ -58,6 +60,20 @@ def test_greedy_equals_transformers(pair: tuple[Any, Policy]) -> None:
     ended = ours(eos_token_id=eos)
     assert ended == [generated(theirs, prompt, eos) for prompt in prompts]
     assert min(map(len, ended)) < NUM_TOKENS
+    # Neither order nor slots change a token: one row at a time, some in turn, all at once.
+    order = [3, 0, 4, 2, 1]
+    for num_slots in (1, 2, 64):
+        out = decode(
+            policy.model,
+            [prompts[i] for i in order],
+            max_new_tokens=NUM_TOKENS,
+            sampling=SamplingParams(temperature=0.0),
+            eos_token_id=eos,
+            num_samples=2,
+            num_slots=num_slots,
+        )
+        rows = zip(out.token_ids.tolist(), out.lengths.tolist(), strict=True)
+        assert [row[:n] for row, n in rows] == [ended[i] for i in order for _ in range(2)]
 
 
 def test_samples_of_a_prompt_share_its_keys(pair: tuple[Any, Policy]) -> None:

@@ -19,6 +19,7 @@ from fuserl.interrupt import EXIT_CODE, InterruptFlag
 from fuserl.metrics import read_metrics
 from fuserl.model.lora import adapters_off, add_lora, find_adapters
 from fuserl.policy import Policy, load_policy
+from fuserl.rollout import engine
 from fuserl.sequences import Sequences, completion_logprobs
 from fuserl.stages.reward import RewardTrainer
 from fuserl.stages.rl import RLTrainer
@@ -168,6 +169,7 @@ def test_the_command_resumes_to_the_same_bits(
 
     with monkeypatch.context() as patch:
         patch.setattr(InterruptFlag, "check", stopping)
+        patch.setattr(engine, "STEPS_BETWEEN_CALLS", 1)  # a rollout of five tokens asks five times
         assert main([*command, "--out", str(out)]) == EXIT_CODE
     for name, others in (("policy", set()), ("critic", {"score.weight", "score.bias"})):
         kept = load_file(out / "checkpoint" / f"{name}.safetensors")

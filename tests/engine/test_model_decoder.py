@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import torch
 from packed import run, run_one
+from random_models import scramble
 from torch import Tensor, nn
 
 from fuserl.model.attention import choice, packed_attention
+from fuserl.model.cache import CacheShape, KVCache
 from fuserl.model.config import DecoderConfig, Rope, RopeScaling, small_config
 from fuserl.model.heads import LanguageModel, ScalarModel
 from fuserl.model.packing import Packing
-from fuserl.model.steps import PackedStep
+from fuserl.model.products import torch_product
+from fuserl.model.steps import DecodeStep, PackedStep, PrefillStep
 
 GROUPED = DecoderConfig(
     vocab_size=61,
@@ -79,19 +82,6 @@ CONFIGS = {
 config_of_each_kind = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
-@torch.no_grad()
-def scramble(model: nn.Module) -> Any:
-    """Weights of ordinary size everywhere, biases and norms included, so that every parameter
-    shows in the output."""
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "norm" in name and name.endswith("weight"):
-            parameter.uniform_(0.5, 1.5, generator=generator)
-        else:
-            parameter.normal_(std=0.3, generator=generator)
-    return model
-
-
 def random_rows(lengths: list[int]) -> list[list[int]]:
     return [torch.randint(61, (length,)).tolist() for length in lengths]
 
@@ -132,37 +122,67 @@ def test_packed_equals_one_sequence_at_a_time(config: DecoderConfig) -> None:
 @config_of_each_kind
 @torch.no_grad()
 def test_cached_decode_equals_one_full_forward(config: DecoderConfig) -> None:
-    """Ragged prompts, one of them with two samples, and rows that are dropped on the way."""
+    """Ragged prompts, one of them with two samples, in any items and slots of the cache. On the
+    way a row is dropped, one is turned off in its place, and one takes a slot that came free."""
     model = scramble(LanguageModel(config)).trunk
-    lengths, steps, drop_at = [3, 7, 1, 5], 6, 3
+    lengths, capacity = [3, 7, 1, 5], 6
     prompts = random_rows(lengths)
-    prompt_of_row = torch.tensor([0, 1, 1, 2, 3])
-    rows = [prompts[p] + random_rows([steps])[0] for p in prompt_of_row.tolist()]
+    prompt_of_row = [0, 1, 1, 2, 3, 3]
+    rows = [prompts[p] + random_rows([capacity])[0] for p in prompt_of_row]
     full = [run_one(model, row) for row in rows]
 
-    cache = model.new_cache(Packing.of(lengths), prompt_of_row, steps)
-    hidden = model.prefill(torch.tensor([token for row in prompts for token in row]), cache)
+    shape = CacheShape(num_slots=6, capacity=capacity, num_prompts=5, prompt_capacity=7)
+    cache = KVCache(config, shape, model.dtype, model.device)
+    items, slot_of_row = torch.tensor([2, 0, 4, 1]), [4, 0, 2, 5, 3, 0]
+    cache.prompt_lengths[items] = torch.tensor(lengths)
+    hidden = model.run(
+        torch.tensor([token for row in prompts for token in row]),
+        PrefillStep(Packing.of(lengths), cache, items, torch_product),
+    )
     torch.testing.assert_close(hidden, run(model, prompts), rtol=1e-5, atol=1e-5)
-    live = torch.arange(5)
-    for step in range(steps):
-        if step == drop_at:
-            kept = torch.tensor([0, 2, 4])
-            cache.keep(kept)
-            live = live[kept]
-        at = [(row, len(prompts[prompt_of_row[row]]) + step) for row in live.tolist()]
-        hidden = model.decode(torch.tensor([rows[row][place] for row, place in at]), cache)
-        expected = torch.stack([full[row][place] for row, place in at])
-        torch.testing.assert_close(hidden, expected, rtol=2e-5, atol=2e-5, msg=f"step {step}")
-    assert live.tolist() == [0, 2, 4]
+
+    ages = dict.fromkeys(range(5), 0)  # completion tokens in the slot
+    turned_off: set[int] = set()
+    for step in range(capacity):
+        if step == 2:
+            del ages[1]
+        if step == 3:
+            turned_off.add(3)
+            ages[5] = 0  # in the slot that row 1 had
+        live = list(ages)
+        at = [(row, lengths[prompt_of_row[row]] + ages[row]) for row in live]
+        slots = [-1 if row in turned_off else slot_of_row[row] for row in live]
+        before = cache.keys.nan_to_num()
+        hidden = model.run(
+            torch.tensor([rows[row][place] for row, place in at]),
+            DecodeStep(
+                cache,
+                torch.tensor(slots),
+                items[torch.tensor([prompt_of_row[row] for row in live])],
+                torch.tensor(list(ages.values())),
+                torch_product,
+            ),
+        )
+        for row, (_, place), got in zip(live, at, hidden, strict=True):
+            if row not in turned_off:
+                torch.testing.assert_close(
+                    got, full[row][place], rtol=2e-5, atol=2e-5, msg=f"row {row} at step {step}"
+                )
+        written = (cache.keys.nan_to_num() != before).any(4).any(2).any(0).nonzero().tolist()
+        expected = [[s, ages[row]] for row, s in zip(live, slots, strict=True) if s >= 0]
+        assert written == sorted(expected), "a key a live row, and nothing else"
+        ages = {row: age + (row not in turned_off) for row, age in ages.items()}
+    assert ages == {0: 6, 2: 6, 3: 3, 4: 6, 5: 3}
 
 
 @config_of_each_kind
-@torch.no_grad()
 def test_a_prompt_is_cached_once_for_all_its_samples(config: DecoderConfig) -> None:
-    model = scramble(LanguageModel(config)).trunk
-    cache = model.new_cache(Packing.of([5, 2]), torch.tensor([0, 0, 0, 1, 1, 1]), 4)
+    shape = CacheShape(num_slots=6, capacity=4, num_prompts=2, prompt_capacity=5)
+    cache = KVCache(config, shape, torch.float32, torch.device("cpu"))
     numbers = config.num_layers * config.num_kv_heads * config.head_dim * 2
     assert cache.num_bytes == 4 * numbers * (2 * 5 + 6 * 4)
+    assert shape.num_bytes(config, torch.float32) == cache.num_bytes
+    assert shape.num_bytes(config, torch.bfloat16) == cache.num_bytes // 2
 
 
 @config_of_each_kind

@@ -466,7 +466,8 @@ def _asked_before_each_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class interrupted_at:
-    """Within, the nth question whether a signal has come is answered yes, and the run stops."""
+    """Within, the nth question whether a signal has come is answered yes, and the run stops. A
+    rollout asks before each token, as one of many tokens does every few: it stops in the middle."""
 
     def __init__(self, nth: int) -> None:
         self._nth = nth
@@ -481,6 +482,7 @@ class interrupted_at:
             check(flag)
 
         self._patch.setattr(InterruptFlag, "check", counted)
+        self._patch.setattr(engine, "STEPS_BETWEEN_CALLS", 1)
 
     def __exit__(self, kind: type | None, *_: object) -> bool:
         self._patch.undo()

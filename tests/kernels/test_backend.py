@@ -10,6 +10,7 @@ import torch
 
 import fuserl_kernels as fk
 from fuserl_kernels import backend, native
+from fuserl_kernels.registration import tables
 
 LOGITS, IDS = torch.zeros(2, 5), torch.zeros(2, dtype=torch.long)
 
@@ -95,6 +96,20 @@ def test_the_environment_sets_the_default(value, code):
         assert "FUSERL_BACKEND must be one of auto, triton, native, reference" in done.stderr
     else:
         assert done.stdout.strip() == value
+
+
+# Ops without an implementation, and why.
+LACKING = {
+    "fixed_linear": {"triton"},  # a GPU's library has no order worth pinning yet: torch's product
+    "fixed_linear_bwd": {"triton"},
+}
+
+
+def test_every_op_has_every_implementation():
+    for name, table in tables().items():
+        assert set(table) | LACKING.get(name, set()) == {"reference", "native", "triton"}, name
+        assert not set(table) & LACKING.get(name, set()), name
+    assert LACKING.keys() <= tables().keys()
 
 
 def test_only_public_functions_are_exported():

@@ -17,6 +17,7 @@ OLD, ADVANTAGES, VALUES = torch.randn(3, 3, 4)
 CU_SEQLENS = torch.tensor([0, 4, 8, 12])
 
 CALLS = {
+    "fixed_linear": lambda h, w: fk.fixed_linear(h.flatten(0, 1), w, w[:, 0]).square().sum(),
     "linear_token_logprobs": lambda h, w: fk.linear_token_logprobs(
         h, w, IDS, temperature=0.7, softcap=9.0, loss_mask=MASK
     ).sum(),

@@ -2,10 +2,24 @@
 
 import pytest
 import torch
+from kernel_testing import assert_error_rule
 
-from fuserl_kernels import projection
+from fuserl_kernels import native, projection
 from fuserl_kernels.linear_token_logprobs import KERNELS
-from fuserl_kernels.projection import Products, Projection, ResidualProducts, chunk_rows
+from fuserl_kernels.projection import (
+    FixedLogits,
+    FixedProducts,
+    Products,
+    Projection,
+    chunk_rows,
+    fast_products,
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+has_native = native.why_absent() is None
+FIXED = [FixedProducts, FixedLogits] if has_native else []
+KINDS = [Products, *FIXED]
+needs_native = pytest.mark.skipif(not has_native, reason="native kernels are not built")
 
 
 def operands(dtype, num_rows=5, vocab_size=70, hidden_size=33):
@@ -14,42 +28,45 @@ def operands(dtype, num_rows=5, vocab_size=70, hidden_size=33):
     return hidden, weight, torch.randn(vocab_size).to(dtype)
 
 
-@pytest.mark.parametrize("kind", [Products, ResidualProducts])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("tile_elements", [33 * 16, 1 << 22])
-def test_logits_are_not_rounded_to_a_narrow_dtype(kind, dtype, tile_elements, monkeypatch):
-    if kind is ResidualProducts and dtype != torch.bfloat16:
-        pytest.skip("residual products are for bf16 weights")
-    if kind is ResidualProducts and not projection._residuals_are_exact():
-        pytest.skip("this CPU's bf16 addmm rounds before it subtracts; the class is not chosen")
+def test_logits_are_not_rounded_to_a_narrow_dtype(
+    kind, dtype, with_bias, tile_elements, monkeypatch
+):
     monkeypatch.setattr(projection, "_TILE_ELEMENTS", tile_elements)
     hidden, weight, bias = operands(dtype)
     logits = torch.empty(5, 70)
-    kind(weight, bias).logits(hidden, logits)
-    truth = hidden.double() @ weight.double().T + bias.double()
-    error = (logits - truth).abs().max() / truth.abs().max()
-    assert error < (2e-6 if kind is Products else 2.0**-16)
+    kind(weight, bias if with_bias else None).logits(hidden, logits)
+    truth = hidden.double() @ weight.double().T + bias.double() * with_bias
+    peer = hidden.float() @ weight.float().T + bias.float() * with_bias
+    assert_error_rule(logits, peer, truth, 2.0**-21 * truth.abs().max().item())
 
 
-@pytest.mark.parametrize("kind", [Products, ResidualProducts])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tile_elements", [33 * 16, 1 << 22])
-def test_gradients_behind_the_logits(kind, tile_elements, monkeypatch):
+def test_gradients_behind_the_logits(kind, dtype, tile_elements, monkeypatch):
     monkeypatch.setattr(projection, "_TILE_ELEMENTS", tile_elements)
-    hidden, weight, bias = operands(torch.bfloat16)
+    hidden, weight, bias = operands(dtype)
     products = kind(weight, bias)
     gradient = torch.randn(5, 70).to(products.gradient_dtype)
+    narrow = products.gradient_dtype != torch.float32
+    assert narrow == (kind is FixedLogits and dtype != torch.float32)
+    near = torch.finfo(dtype).eps if narrow else 1e-6
     total = torch.full((70, 33), torch.nan)
     products.add_grad_weight(gradient, hidden, total, fresh=True)
     products.add_grad_weight(gradient, hidden, total, fresh=False)
     assert total.dtype == torch.float32
     truth = 2 * gradient.double().T @ hidden.double()
-    assert (total - truth).abs().max() < 5e-3 * truth.abs().max()
+    assert (total - truth).abs().max() < near * truth.abs().max()
     truth = gradient.double() @ weight.double()
     got = products.grad_hidden(gradient).double()
-    assert (got - truth).abs().max() < 5e-3 * truth.abs().max()
+    assert (got - truth).abs().max() < near * truth.abs().max()
 
 
-@pytest.mark.parametrize("kind", [Products, ResidualProducts])
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_infinite_logit_stays_infinite(kind):
     hidden, weight, _ = operands(torch.bfloat16)
     hidden[0] = 1.0
@@ -62,10 +79,41 @@ def test_an_infinite_logit_stays_infinite(kind):
     assert logits[1].isnan().all()
 
 
+@pytest.mark.parametrize("kind", FIXED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_has_the_same_bits_in_any_chunk(kind, dtype, instructions):
+    """Of the logits; in float32 of the gradient behind them too."""
+    hidden, weight, bias = operands(dtype, num_rows=40, hidden_size=600)
+    products = kind(weight, bias)
+    whole = torch.empty(40, 70)
+    products.logits(hidden, whole)
+    back = FixedProducts(weight, bias) if dtype == torch.float32 else None
+    for rows in (slice(0, 1), slice(3, 12), slice(39, 40)):
+        part = torch.empty(rows.stop - rows.start, 70)
+        products.logits(hidden[rows], part)
+        assert torch.equal(part, whole[rows])
+        if back is not None:
+            assert torch.equal(back.grad_hidden(whole[rows]), back.grad_hidden(whole)[rows])
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_units", [True, False])
+def test_the_choice_for_a_cpu(dtype, has_units, monkeypatch):
+    monkeypatch.setattr(projection, "_has_bf16_units", lambda: has_units)
+    _, weight, bias = operands(dtype)
+    narrow = has_units and dtype == torch.bfloat16
+    assert type(fast_products(weight, bias)) is (FixedLogits if narrow else FixedProducts)
+    assert type(fast_products(weight.double(), bias.double())) is Products
+    monkeypatch.setattr(native, "_load", lambda: (None, "not built"))
+    assert type(fast_products(weight, bias)) is Products
+
+
+@needs_native
 def test_a_narrow_gradient_lies_over_the_logits():
     hidden, weight, bias = operands(torch.bfloat16)
     chunks = Projection(
-        KERNELS["reference"]._replace(products=ResidualProducts), hidden, weight, bias, None
+        KERNELS["reference"]._replace(products=FixedLogits), hidden, weight, bias, None
     )
     logits = chunks.logits(slice(0, 5))
     gradient = chunks.gradient_over(logits)

@@ -235,14 +235,15 @@ class _Schedule:
         self._looked_at.pop(ended.slot, None)
         self._free_slots.append(ended.slot)
         self._num_live[sample.prompt] -= 1
-        if self._num_live[sample.prompt] == 0 and not self._still_waits(sample.prompt):
+        if self._num_live[sample.prompt] == 0 and not self._is_wanted(sample.prompt):
             self._free_items.append(self._items.pop(sample.prompt))
         return completion
 
-    def _still_waits(self, prompt: int) -> bool:
-        """Samples of a prompt stand together, so that only the first that waits can be one."""
+    def _is_wanted(self, prompt: int) -> bool:
+        """Whether samples of a prompt wait that can use its keys: they stand together, so that the
+        first that waits is one. Rows that wait for all others to end get a cache of their own."""
         waiting = self._queue.waiting
-        return bool(waiting) and waiting[0].prompt == prompt
+        return self._runner.can_refill and bool(waiting) and waiting[0].prompt == prompt
 
     def _stop_by_strings(self) -> Iterator[Completion]:
         """End the rows whose text holds a stop string."""
@@ -257,6 +258,7 @@ class _Schedule:
                 found.append(Ended(slot, met, End.STOP))
         if not found:
             return
-        completions = [self._finish(ended) for ended in found]
+        # First what may run out of memory: a row that is finished is not computed again.
         self._runner.keep(rows.without([ended.slot for ended in found]))
-        yield from completions
+        for ended in found:
+            yield self._finish(ended)

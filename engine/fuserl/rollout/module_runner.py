@@ -172,8 +172,16 @@ class ModuleRunner:
             return self._model.logits(hidden)
         logits = torch.empty(len(hidden), self._model.config.vocab_size)
         self._packed.head.linear(hidden, self._model.output_bias, logits)
-        softcap = self._model.config.final_softcap
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        if (softcap := self._model.config.final_softcap) is not None:
+            # As losses do it, to the bit; torch's tanh rounds otherwise.
+            native.module().cap_logits(
+                logits=logits.data_ptr(),
+                num_rows=len(logits),
+                vocab_size=logits.shape[1],
+                softcap=softcap,
+                num_threads=torch.get_num_threads(),
+            )
+        return logits
 
     def keep(self, rows: Tensor) -> None:
         self.rows.keep(rows)

@@ -19,9 +19,8 @@ def linear_bwd(
     not wanted."""
     dtype = compute_dtype(x)
     grad = grad.to(dtype)
-    none = x.new_empty(0)
     return (
-        (grad @ weight.to(dtype)).to(x.dtype) if wants_x else none,
-        (grad.t() @ x.to(dtype)).to(x.dtype) if wants_weight else none,
-        grad.sum(0).to(x.dtype) if wants_weight else none,
+        (grad @ weight.to(dtype)).to(x.dtype) if wants_x else x.new_empty(0),
+        (grad.t() @ x.to(dtype)).to(x.dtype) if wants_weight else x.new_empty(0),
+        grad.sum(0).to(x.dtype) if wants_weight else x.new_empty(0),
     )
