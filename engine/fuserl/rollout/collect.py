@@ -10,6 +10,7 @@ from fuserl.data.batching import epoch_batches
 from fuserl.data.examples import Prompt
 from fuserl.model.heads import LanguageModel
 from fuserl.rollout.decode import decode
+from fuserl.rollout.kept_runner import RolloutMemory
 from fuserl.rollout.sampling import SamplingParams
 from fuserl.sequences import mask_of_lengths
 
@@ -33,9 +34,11 @@ def rollout(
     eos_token_id: int | None,
     step: int,
     on_token: Callable[[], None],
+    memory: RolloutMemory | None = None,
 ) -> RolloutBatch:
     """Sample one completion for each of `prompts` (samples of one prompt stand together).
-    on_token: called before each decode step; it may raise to give the rollout up."""
+    on_token: called every few tokens; it may raise to give the rollout up. memory: see
+    engine.generate."""
     out = decode(
         model,
         [prompt.ids for prompt in prompts[:: config.num_samples]],
@@ -46,6 +49,7 @@ def rollout(
         request_ids=range(step * len(prompts), (step + 1) * len(prompts)),
         on_step=on_token,
         keep_before=model.trunk.shared_layers,
+        memory=memory,
     )
     # One slot more than the longest completion, where the limit leaves room for it.
     width = min(config.max_new_tokens, out.token_ids.shape[1] + 1)

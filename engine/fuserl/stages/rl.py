@@ -15,6 +15,7 @@ from fuserl.policy import Policy
 from fuserl.recompute import describe_recomputed, recompute
 from fuserl.rewards import FunctionReward, ModelReward, RewardFunction, observe
 from fuserl.rollout.collect import choose_prompts, rollout
+from fuserl.rollout.kept_runner import RolloutMemory
 from fuserl.run import Run, prepare_folder
 from fuserl.scoring import score
 from fuserl.shaping import shape
@@ -110,6 +111,7 @@ class RLTrainer:
             name: FunctionReward(function, policy.tokenizer, at_tokens=False)
             for name, function in self._monitors.items()
         }
+        memory = RolloutMemory()
         for step in run.steps():
             clock = Clock()
             chosen = choose_prompts(prompts, config, step)
@@ -121,6 +123,7 @@ class RLTrainer:
                     eos_token_id=policy.eos_token_id,
                     step=step,
                     on_token=run.check,
+                    memory=memory,
                 )
             with clock.lap("score"):
                 scored = score(
