@@ -71,6 +71,10 @@ class ModuleRunner:
         ]
         self.graphs = CapturedSteps(self.rows) if device.type == "cuda" else None
 
+    @property
+    def cache(self) -> KVCache:
+        return self._cache
+
     @torch.no_grad()
     def admit(self, prompts: Sequence[NewPrompt], rows: Sequence[NewRow]) -> list[Tensor | None]:
         kept = self._prefill(prompts) if prompts else []
