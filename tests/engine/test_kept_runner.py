@@ -153,6 +153,22 @@ def test_release_gives_the_runner_up(make_model: MakeModel, made: list[LateRunne
     assert alive() is None
 
 
+def test_tables_that_graphs_read_stay(make_model: MakeModel, made: list[LateRunner]) -> None:
+    """A longer sequence elsewhere makes the table anew; the old one goes with its graphs."""
+    model, memory = make_model(seed=2), RolloutMemory()
+    table = model.trunk.layers[0].attn.table  # type: ignore[union-attr]
+    requests = requests_of(2, (9,))
+    tables = []
+    for num_positions in (600, 3000, 9000):
+        completions_of(model, requests, options_of(), memory=memory)
+        tables.append(weakref.ref(table.upto(1, model.device)[0]))
+        table.upto(num_positions, model.device)
+    assert [cosines() is None for cosines in tables] == [False, False, False]
+    made.clear()
+    memory.release()
+    assert [cosines() is None for cosines in tables] == [True, True, True]
+
+
 @pytest.fixture
 def no_collection() -> Iterator[None]:
     """Memory must come back without the collector's help, which may be long in coming."""

@@ -82,9 +82,13 @@ class CapturedSteps:
                 step(size)
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on using the device: what they do is no part of the graph.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=side, capture_error_mode="thread_local"
+        # Other threads may go on using the device: what they do is no part of the graph. The outer
+        # context is for a capture that fails, which would leave its stream the current one.
+        with (
+            torch.cuda.stream(current),
+            torch.cuda.graph(
+                graph, pool=self._pool, stream=side, capture_error_mode="thread_local"
+            ),
         ):
             step(size)
         self._pool = graph.pool()

@@ -63,12 +63,10 @@ class ModuleRunner:
         if options.keep_before:
             sizes = (shape.num_slots + 1, shape.capacity, model.config.hidden_size)
             self._kept = torch.empty(sizes, dtype=model.trunk.dtype, device=device)
-        # Graphs read the tables where they are; one that grows for others moves.
-        self._tables = [
-            layer.attn.table.upto(self._cache.num_positions, device)
-            for layer in model.trunk.layers
-            if isinstance(layer, Layer)
-        ]
+        layers = [layer for layer in model.trunk.layers if isinstance(layer, Layer)]
+        self._tables = {layer.attn.table for layer in layers}
+        self._held: list[tuple[Tensor, Tensor]] = []  # what steps have read of them
+        self._hold_tables()
         self.graphs = CapturedSteps(self.rows) if device.type == "cuda" else None
 
     @property
@@ -108,6 +106,8 @@ class ModuleRunner:
         self._endings.zero_()
         poll, live = Poll(self._counts), rows.num_rows
         left = min(max_steps, self._steps_left)
+        if self.graphs is not None:
+            self._hold_tables()
         while rows.num_rows:
             num_steps = min(left, 1 if self.graphs is None else GRAPH_STEPS)
             if self.graphs is None:
@@ -124,6 +124,14 @@ class ModuleRunner:
             if live - num_ended <= KEEP_SHARE * rows.num_rows:
                 self._compact()
         return self._take_ended()
+
+    def _hold_tables(self) -> None:
+        """A rotary table that grows, for a longer sequence elsewhere, is made anew: graphs go on
+        reading the old one, and those captured from then on read the new one."""
+        for table in self._tables:
+            used = table.upto(self._cache.num_positions, self._model.device)
+            if not any(used is held for held in self._held):
+                self._held.append(used)
 
     def _take_ended(self) -> list[Ended]:
         """The rows that ended since `run` began, and the others moved together. All that the host
