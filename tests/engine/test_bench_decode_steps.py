@@ -108,9 +108,9 @@ def test_what_does_not_fit_says_so_and_the_rest_stays(monkeypatch: pytest.Monkey
         run_case(TINY, H200, 60)
 
 
-def test_a_used_up_budget_says_so() -> None:
+def test_the_budget_bounds_the_rounds() -> None:
     report = run_case(TINY, H200, 0)
-    assert [result.reason for result in report.results] == ["the budget is used up"] * 2
+    assert [len(r.samples_ms) for r in report.results] == [decode_steps.MIN_ROUNDS] * 2
 
 
 def test_the_cases_are_real_shapes() -> None:

@@ -1,7 +1,10 @@
 """What captured steps ask of a runner: padding changes nothing, and news that come late change no
-completion. Graphs themselves are tested on a GPU, in test_gpu_rollout.py."""
+completion; and how they capture, with graphs that are simulated. Real ones are tested on a GPU, in
+test_gpu_rollout.py."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +14,9 @@ from rollout_cases import assert_same, completions_of, options_of, requests_of
 from fuserl.model.cache import CacheShape
 from fuserl.model.heads import LanguageModel
 from fuserl.policy import Policy
-from fuserl.rollout import engine
-from fuserl.rollout.captured_step import bucket_of
-from fuserl.rollout.live_rows import NewPrompt, NewRow
+from fuserl.rollout import captured_step, engine
+from fuserl.rollout.captured_step import WARM_UPS, CapturedSteps, bucket_of
+from fuserl.rollout.live_rows import LiveRows, NewPrompt, NewRow
 from fuserl.rollout.module_runner import GRAPH_STEPS, ModuleRunner
 from fuserl.rollout.requests import End
 from fuserl.rollout.runner import RunnerOptions
@@ -172,3 +175,104 @@ def test_a_slot_is_never_passed(make_model: MakeModel) -> None:
         (0, 3, End.LIMIT),
         (1, 2, End.LIMIT),
     ]
+
+
+class Device:
+    """Stands for torch.cuda: a graph remembers the step that was called inside of its capture, and
+    what it was captured with."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current: object = "main"
+        self.capturing: dict[str, Any] | None = None
+        self.captures: list[dict[str, Any]] = []
+        names = ("CUDAGraph", "graph", "Stream", "stream", "current_stream", "device")
+        for name in names:
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(captured_step, "_idle_streams", {})
+
+    class CUDAGraph:
+        steps: list[Callable[[], None]]
+
+        def replay(self) -> None:
+            for step in self.steps:
+                step()
+
+        def pool(self) -> str:
+            return "pool"
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            self.waited_for: list[object] = []
+
+        def wait_stream(self, other: object) -> None:
+            self.waited_for.append(other)
+
+    class Main(Stream):
+        """The stream that steps are replayed on."""
+
+    @contextmanager
+    def graph(self, graph: CUDAGraph, **options: Any) -> Iterator[None]:
+        graph.steps = []
+        self.capturing = {"graph": graph, **options}
+        self.captures.append(self.capturing)
+        yield
+        self.capturing = None
+
+    @contextmanager
+    def stream(self, stream: object) -> Iterator[None]:
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    @contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        yield
+
+    def current_stream(self) -> object:
+        if self.current == "main":
+            self.current = self.Main(torch.device("cpu"))
+        return self.current
+
+
+def test_a_size_is_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch)
+    cpu = torch.device("cpu")
+    rows = LiveRows(8, 4, 1, 2, torch.float32, cpu)
+    rows.num_rows = 3
+    ran: list[tuple[int, list[int], object]] = []
+
+    def body(num_rows: int) -> None:
+        ran.append((num_rows, rows.slots[:num_rows].tolist(), device.current))
+        rows.lengths[:num_rows] += rows.slots[:num_rows] >= 0
+        rows.hidden[:num_rows] += 1
+
+    def step(num_rows: int) -> None:
+        if device.capturing is None:
+            body(num_rows)
+        else:
+            device.capturing["graph"].steps.append(lambda: body(num_rows))
+
+    rows.slots.copy_(torch.tensor([5, 0, 2, 7, 7, 7, 7, 7]))
+    graphs = CapturedSteps(rows)
+    graphs.replay(step, 3, 2)
+    main, side = device.current, device.captures[0]["stream"]
+    assert ran[:WARM_UPS] == [(4, [-1] * 4, side)] * WARM_UPS, "warming up is no step of a live row"
+    assert ran[WARM_UPS:] == [(4, [5, 0, 2, -1], main)] * 2
+    assert rows.lengths.tolist() == [2, 2, 2, 0, 0, 0, 0, 0]
+    assert rows.hidden[:4].eq(2).all(), "what warming up wrote is undone"
+    assert side.waited_for == [main]
+    assert main.waited_for == [side]  # type: ignore[attr-defined]
+
+    graphs.replay(step, 4, 1)
+    graphs.replay(step, 1, 3)
+    assert graphs.sizes == (4, 1)
+    assert graphs.seconds > 0
+    assert [c["pool"] for c in device.captures] == [None, "pool"]
+    assert [c["stream"] for c in device.captures] == [side, side]
+
+    others = CapturedSteps(rows)
+    others.replay(step, 1, 1)
+    assert device.captures[-1]["stream"] is not side, "two that live share no stream"
+    del graphs
+    CapturedSteps(rows).replay(step, 1, 1)
+    assert device.captures[-1]["stream"] is side, "a stream is used again"

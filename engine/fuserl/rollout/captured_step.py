@@ -5,8 +5,8 @@ place, so graphs stay valid from one rollout to the next; what moves weights nee
 (kept_runner.py sees to both).
 """
 
-import functools
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -28,11 +28,20 @@ def bucket_of(num_rows: int, num_slots: int) -> int:
     return min(-(-num_rows // multiple) * multiple, num_slots)
 
 
-@functools.cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all warm-ups and captures of a device: a library keeps a workspace for every stream
-    that it was ever called on, tens of MB each, and graphs that share memory must share it."""
-    return torch.cuda.Stream(device)
+_idle_streams: dict[torch.device, list[torch.cuda.Stream]] = {}
+
+
+def _lend_stream(device: torch.device, owner: object) -> torch.cuda.Stream:
+    """A stream to capture on, the owner's as long as it lives.
+
+    A library keeps a workspace for every stream that it was ever called on, tens of MB each, so
+    streams are used again. But graphs of one stream share that workspace, and versions of torch
+    free it with the first graph that dies: so no two that live have the same.
+    """
+    idle = _idle_streams.setdefault(device, [])
+    stream = idle.pop() if idle else torch.cuda.Stream(device)
+    weakref.finalize(owner, idle.append, stream)
+    return stream
 
 
 class CapturedSteps:
@@ -48,6 +57,7 @@ class CapturedSteps:
         self._rows = rows
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None  # one for all: they never run side by side
+        self._stream: torch.cuda.Stream | None = None
         self.seconds = 0.0
         """Spent on captures, the compilation of kernels included."""
 
@@ -75,7 +85,9 @@ class CapturedSteps:
         changed = (rows.slots, rows.lengths, rows.hidden)
         saved = [array[:size].clone() for array in changed]
         rows.slots[:size] = -1  # warming up changes nothing that counts
-        current, side = torch.cuda.current_stream(), _capture_stream(rows.slots.device)
+        if self._stream is None:
+            self._stream = _lend_stream(rows.slots.device, self)
+        current, side = torch.cuda.current_stream(), self._stream
         side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
