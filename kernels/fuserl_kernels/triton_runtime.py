@@ -97,11 +97,14 @@ def fastest(
 
     launch: runs the kernel; it is called many times, so it writes into scratch memory where the
         real call works in place. Used only for kernels whose bits are equal in every configuration.
-    The interpreter and a stream under capture, where nothing can be timed, take the first one.
+    The interpreter and a stream under capture, where nothing can be timed, take the first one
+    unless the choice was made before.
     """
-    if len(configurations) == 1 or INTERPRETING or torch.cuda.is_current_stream_capturing():
+    if len(configurations) == 1 or INTERPRETING:
         return configurations[0]
     if key not in _fastest:
+        if torch.cuda.is_current_stream_capturing():
+            return configurations[0]
         testing = importlib.import_module("triton.testing")
         times = [
             testing.do_bench(lambda c=c: launch(c), warmup=5, rep=30, return_mode="median")

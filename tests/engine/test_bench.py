@@ -25,6 +25,7 @@ from fuserl.bench.output import WrongAnswer
 from fuserl.bench.problem import Problem
 from fuserl.bench.report import CaseReport, Result
 from fuserl.bench.rivals import Unavailable, load, torch_rows
+from fuserl.bench.rollout_problem import Workload
 from fuserl.bench.run import cases_of, run_bench, run_case
 from fuserl.bench.timing import Ceilings, interleave, measure_ceilings, quartiles
 from fuserl.bench.truth import Error, Tensors, Truth
@@ -479,6 +480,10 @@ def test_the_gpu_script_takes_each_case_once_and_the_most_wanted_first(gpu_scrip
     for case in (*cases, *alone, *layer):
         given = {name for name in TINY if getattr(case, name)}
         assert given == set(tiny_sizes(case.op)), case.title
+    steps = gpu_script.rollout_cases()
+    assert len({case.title for case in steps}) == len(steps)
+    assert steps[0].title == "decode steps, Qwen3-0.6B, 256 rows, bf16 cuda"
+    assert any("rollout, big, uniform lengths" in case.title for case in steps)
     in_both = [case for case in alone if case in cases]
     assert {case.op for case in in_both} == {
         "sample_tokens",
@@ -521,6 +526,40 @@ def test_the_gpu_script_keeps_what_it_had_when_it_is_cut_off(
     content = json.loads((tmp_path / "ops.json").read_text())
     assert [case["case"]["pass_name"] for case in content["cases"]] == ["forward"]
     assert content["machine"]["commit"] == "abc"
+
+
+def test_the_gpu_script_times_rollouts(
+    on_cpu: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Steps and whole rollouts, their JSON after each; what is not installed stops nothing."""
+    steps = on_cpu.StepCase(
+        model="tiny", num_rows=2, prompt_length=4, contexts=(4,), dtype="fp32", device="cpu"
+    )
+    requests = Workload(num_requests=2, prompt_length=3, max_new_tokens=4)
+    whole = on_cpu.RolloutCase(
+        model="tiny", workload="uniform", requests=requests, dtype="fp32", device="cpu"
+    )
+    monkeypatch.setitem(on_cpu.PARTS, "rollouts", lambda: [steps, whole, steps])
+    absent = Unavailable("transformers cannot be imported (gone)")
+    monkeypatch.setattr(on_cpu.rollout, "run_case", unavailable(absent))
+    assert on_cpu.on_gpu("rollouts", time.monotonic() + 60, tmp_path, "abc") == 0
+    out = capsys.readouterr().out
+    assert "not timed, transformers cannot be imported" in out
+    assert "waits: times a step" in out
+    content = json.loads((tmp_path / "rollouts.json").read_text())
+    assert content["ceilings"]["bytes_per_second"] == CEILINGS.bytes_per_second
+    assert [case["case"]["model"] for case in content["cases"]] == ["tiny", "tiny"]
+    assert all(case["results"][0]["samples_ms"] for case in content["cases"])
+
+
+def unavailable(reason: Unavailable) -> Any:
+    def run(*_: object) -> None:
+        raise reason
+
+    return run
 
 
 def test_the_gpu_script_keeps_to_its_budget(

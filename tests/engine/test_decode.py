@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuserl.generation import Generation
 from fuserl.interrupt import Interrupted
@@ -17,7 +16,6 @@ from fuserl.model.folder import save_model
 from fuserl.model.heads import LanguageModel
 from fuserl.model.notes import FolderNotes
 from fuserl.policy import Policy, load_policy
-from fuserl.rollout import native_runner
 from fuserl.rollout.decode import decode
 from fuserl.rollout.module_runner import ModuleRunner
 from fuserl.rollout.native_runner import NativeRunner
@@ -164,51 +162,6 @@ def test_an_ended_row_passes_no_table_of_positions(make_model: MakeModel) -> Non
     for prompt, limit, row in zip(prompts, limits, out.token_ids, strict=True):
         alone = policy.generate([prompt], max_new_tokens=limit, temperature=0.0, ignore_eos=True)
         assert alone.token_ids == [row]
-
-
-def test_no_token_waits_for_the_device_to_count(
-    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a GPU, picking by a mask waits until the mask is there and counted; and a captured step
-    can do neither that nor read a number."""
-    num_steps = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            indices = args[1] if str(func).startswith("aten.index") else ()
-            masks = [
-                tensor
-                for tensor in (indices if isinstance(indices, list | tuple) else ())
-                if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.bool
-            ]
-            waits = ("aten.nonzero", "aten.masked_select", "aten._local_scalar_dense")
-            assert not masks, func
-            assert str(func.overloadpacket) not in waits, func
-            return func(*args, **(kwargs or {}))
-
-    step = ModuleRunner._step
-
-    def watched_step(self: ModuleRunner, num_rows: int) -> None:
-        nonlocal num_steps
-        num_steps += 1
-        with Watch():
-            step(self, num_rows)
-
-    monkeypatch.setattr(ModuleRunner, "_step", watched_step)
-    monkeypatch.setattr(native_runner, "why_not", lambda model: "the modules are asked for")
-    model = make_model(seed=3, init_std=0.3)
-    options: dict[str, Any] = {"max_new_tokens": 12, "sampling": SamplingParams(temperature=1.0)}
-    free = decode(model, PROMPTS, eos_token_id=None, num_samples=4, **options)
-    eos = int(free.token_ids[:, 2:5].flatten().mode().values)
-    ended = decode(model, PROMPTS, eos_token_id=eos, num_samples=4, **options)
-    assert num_steps == 12 + int(ended.lengths.max())
-    assert ended.has_eos.any()
-    assert not ended.has_eos.all()
-    for row, length, whole in zip(ended.token_ids, ended.lengths, free.token_ids, strict=True):
-        assert torch.equal(row[:length], whole[:length])
-        assert not row[length:].any()
 
 
 def test_each_prompt_has_its_own_limit(make_model: MakeModel) -> None:

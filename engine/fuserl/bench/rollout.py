@@ -24,6 +24,7 @@ from fuserl.bench.rivals import Unavailable
 from fuserl.bench.rollout_problem import WORKLOADS, Completions, RolloutCase, RolloutProblem
 from fuserl.bench.rollout_providers import (
     BASELINE,
+    ON_CUDA,
     OURS,
     PROVIDERS,
     FuserlGenerator,
@@ -38,7 +39,7 @@ _MEASURED = ("small", "big")
 _OPTIONS = {"op", "device", "dtype", "model", "rounds", "budget_seconds", "threads", "json"}
 _OUR_BOUND = {"fp32": 1e-4, "bf16": 0.15}  # of log-probabilities, for any token
 _RIVAL_BOUND = {dtype: RIVAL_BOUND[dtype].value for dtype in _OUR_BOUND}
-_UNITS = """\
+UNITS = """\
 ms: median [quartiles] of interleaved rounds. vs generate: its median over this one. tokens/s: new
 ones, prefill included. limit: the time of the products with weights alone, at the rate of a large
 product in the same dtype, over the median. peak: most memory during a call beyond what was held
@@ -158,7 +159,7 @@ def run_rollout(config: BenchConfig) -> list[RolloutReport]:
     Raises ValueError for an option that would do nothing and without transformers, and WrongAnswer.
     """
     try:
-        return run_cases(config, cases_of(config), run_case, _UNITS)
+        return run_cases(config, cases_of(config), run_case, UNITS)
     except Unavailable as reason:
         raise ValueError(f"{NAME} is measured against transformers, and {reason}") from None
 
@@ -181,7 +182,7 @@ def run_case(case: RolloutCase, rounds: int, budget_seconds: float) -> RolloutRe
     problem = RolloutProblem(case)
     results: dict[str, RolloutResult] = {}
     calls: dict[str, RolloutCall] = {}
-    for name, make in PROVIDERS.items():
+    for name, make in (PROVIDERS | (ON_CUDA if case.device == "cuda" else {})).items():
         results[name], generator = check(problem, name, make)
         if generator is not None:
             calls[name] = RolloutCall(generator, problem)

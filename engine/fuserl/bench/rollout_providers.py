@@ -1,6 +1,7 @@
 """Who generates: ours, transformers' generate, and its continuous batching."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -113,6 +114,15 @@ class TransformersGenerate:
         return self._kv_bytes
 
 
+class StaticGenerate(TransformersGenerate):
+    """With a cache of fixed size, for which transformers compiles the step on a GPU."""
+
+    def __init__(self, problem: RolloutProblem) -> None:
+        super().__init__(problem, with_logprobs=True)
+        self._config = partial(self._config, cache_implementation="static")
+        self.note = "static cache"
+
+
 class ContinuousBatching:
     """transformers' continuous batching with log-probabilities: all requests at once.
 
@@ -195,3 +205,6 @@ PROVIDERS: dict[str, Callable[[RolloutProblem], Generator]] = {
     "continuous": ContinuousBatching,
 }
 """On the same weights. generate-tokens leaves the log-probabilities to a pass of their own."""
+
+ON_CUDA: dict[str, Callable[[RolloutProblem], Generator]] = {"generate-static": StaticGenerate}
+"""Beside these, where there is a GPU."""

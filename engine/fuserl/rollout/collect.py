@@ -11,6 +11,7 @@ from fuserl.data.examples import Prompt
 from fuserl.model.heads import LanguageModel
 from fuserl.rollout.decode import decode
 from fuserl.rollout.engine import RolloutFacts
+from fuserl.rollout.kept_runner import RolloutMemory
 from fuserl.rollout.requests import Completion
 from fuserl.rollout.sampling import SamplingParams
 from fuserl.rollout.stopping import StopRule
@@ -38,11 +39,13 @@ def rollout(
     on_step: Callable[[], None],
     on_completion: Callable[[Completion], None] | None = None,
     facts: RolloutFacts | None = None,
+    memory: RolloutMemory | None = None,
 ) -> RolloutBatch:
     """Sample one completion for each of `prompts` (samples of one prompt stand together).
 
     eos_token_ids: each ends a completion. on_step: called every few tokens; it may raise to give
-    the rollout up. on_completion: called with each completion as it finishes. facts: filled in."""
+    the rollout up. on_completion: called with each completion as it finishes. facts: filled in.
+    memory: see engine.generate."""
     out = decode(
         model,
         [prompt.ids for prompt in prompts[:: config.num_samples]],
@@ -56,6 +59,7 @@ def rollout(
         on_completion=on_completion,
         facts=facts,
         keep_before=model.trunk.shared_layers,
+        memory=memory,
     )
     # One slot more than the longest completion, where the limit leaves room for it.
     width = min(config.max_new_tokens, out.token_ids.shape[1] + 1)

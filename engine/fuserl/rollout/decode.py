@@ -10,6 +10,7 @@ from fuserl.data.batching import pad_rows
 from fuserl.model.heads import LanguageModel
 from fuserl.model.packing import Packing
 from fuserl.rollout.engine import RolloutFacts, generate
+from fuserl.rollout.kept_runner import RolloutMemory
 from fuserl.rollout.requests import Completion, End, PromptRequest, check_request
 from fuserl.rollout.runner import RunnerOptions
 from fuserl.rollout.sampling import SamplingParams
@@ -48,14 +49,15 @@ def decode(
     on_completion: Callable[[Completion], None] | None = None,
     facts: RolloutFacts | None = None,
     keep_before: int = 0,
+    memory: RolloutMemory | None = None,
 ) -> Completions:
     """Sample `num_samples` completions of every prompt.
 
     max_new_tokens: one limit, or one a prompt. stop: default, the id eos_token_id alone (None:
     nothing but the limit ends a row). request_ids: one a row (prompt-major), default the row's
-    number. num_slots, kv_budget_bytes, on_step, facts: see engine.generate. on_completion: called
-    with each completion as it finishes. keep_before: the layer before which the residual stream of
-    every token is kept, in trunk_states (0: nothing is).
+    number. num_slots, kv_budget_bytes, on_step, facts, memory: see engine.generate. on_completion:
+    called with each completion as it finishes. keep_before: the layer before which the residual
+    stream of every token is kept, in trunk_states (0: nothing is).
 
     Raises ValueError for an empty prompt, for a token id outside the vocabulary, for a request
     longer than the model's positions, and for logits that hold no distribution (NaN).
@@ -84,6 +86,7 @@ def decode(
         kv_budget_bytes=kv_budget_bytes,
         on_step=on_step,
         facts=facts,
+        memory=memory,
     ):
         finished[completion.index] = completion
         if on_completion is not None:

@@ -17,11 +17,11 @@ from fuserl.model.cache import CacheShape
 from fuserl.model.decoder import Decoder
 from fuserl.model.heads import LanguageModel
 from fuserl.rollout import native_runner
+from fuserl.rollout.kept_runner import Lease, RolloutMemory
 from fuserl.rollout.live_rows import Ended, NewPrompt, NewRow
 from fuserl.rollout.memory import is_out_of_memory
 from fuserl.rollout.module_runner import ModuleRunner
 from fuserl.rollout.native_runner import NativeRunner
-from fuserl.rollout.plan import plan_cache
 from fuserl.rollout.requests import Completion, End, PromptRequest
 from fuserl.rollout.runner import Runner, RunnerOptions
 from fuserl.rollout.wave_runner import WaveRunner
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 STEPS_BETWEEN_CALLS = 16
 """Tokens a row gets, at most, before on_step is asked again."""
+STEPS_BETWEEN_CALLS_ON_CUDA = 64
+"""There a step is short, and the device stands still while the host takes stock."""
 REFILL_SHARE = 8
 """Slots are refilled once this part of them is free: prompts are computed faster together."""
 
@@ -64,36 +66,41 @@ def generate(
     kv_budget_bytes: int | None = None,
     on_step: Callable[[], None] | None = None,
     facts: RolloutFacts | None = None,
+    memory: RolloutMemory | None = None,
 ) -> Iterator[Completion]:
     """Completions in the order in which they finish; `index` says whose they are.
 
     num_slots: sequences decoded at a time; kv_budget_bytes: for keys and values; defaults: see
     plan.py. on_step is called every few tokens and may raise to give the rollout up. facts: filled
-    in. When memory runs out, the rollout goes on with half the slots; what had finished stays.
+    in. memory: what stays on a CUDA device for the next rollout, default nothing. When memory runs
+    out, the rollout goes on with half the slots; what had finished stays.
 
     Raises ValueError for logits that hold no distribution (NaN).
     """
     facts = RolloutFacts() if facts is None else facts
     facts.prompt_states = [None] * len(requests)
+    memory = RolloutMemory(keeps=False) if memory is None else memory
     queue = _Queue(requests)
     while queue:
-        shape = plan_cache(model, requests, num_slots, kv_budget_bytes)
+        lease: Lease | None = None
         try:
-            runner = make_runner(model)(model, shape, options)
-            facts.num_slots, facts.cache_bytes = shape.num_slots, runner.cache_bytes
-            facts.weight_bytes = runner.weight_bytes
-            yield from _Schedule(runner, queue, options, shape, facts).run(on_step)
+            lease = memory.take(
+                make_runner(model), model, requests, options, num_slots, kv_budget_bytes
+            )
+            facts.num_slots = lease.shape.num_slots
+            facts.cache_bytes = lease.runner.cache_bytes
+            facts.weight_bytes = lease.runner.weight_bytes
+            yield from _Schedule(lease.runner, queue, options, lease.shape, facts).run(on_step)
+            memory.put_back(lease)
             return
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or shape.num_slots == 1:
+            if not is_out_of_memory(error) or memory.num_slots == 1:
                 raise
-            num_slots = shape.num_slots // 2
-            logger.warning(
-                "out of memory with %d sequences at a time: the rollout goes on with %d",
-                shape.num_slots,
-                num_slots,
-            )
-        runner = None  # type: ignore[assignment]  # its memory is needed
+        lease = None  # its memory is needed
+        before, now = memory.num_slots, memory.shrink()
+        logger.warning(
+            "out of memory with %d sequences at a time: the rollout goes on with %d", before, now
+        )
         queue.restart()
 
 
@@ -157,6 +164,8 @@ class _Schedule:
         self._runner, self._queue, self._stop, self._facts = runner, queue, options.stop, facts
         self._free_slots = list(reversed(range(shape.num_slots)))
         self._free_items = list(reversed(range(shape.num_prompts)))
+        is_cuda = runner.rows.slots.is_cuda
+        self._max_steps = STEPS_BETWEEN_CALLS_ON_CUDA if is_cuda else STEPS_BETWEEN_CALLS
         self._live: dict[int, _Sample] = {}  # by slot
         self._items: dict[int, int] = {}  # of prompts that are in the cache
         self._num_live: dict[int, int] = {}  # samples of each of them
@@ -168,7 +177,7 @@ class _Schedule:
             if on_step is not None:
                 on_step()
             self._admit()
-            for ended in self._runner.run(STEPS_BETWEEN_CALLS, self._enough()):
+            for ended in self._runner.run(self._max_steps, self._enough()):
                 yield self._finish(ended)
             if self._runner.num_flagged:
                 yield from self._stop_by_strings()
@@ -249,12 +258,18 @@ class _Schedule:
         """End the rows whose text holds a stop string."""
         rows = self._runner.rows
         n = rows.num_rows
+        slots = rows.slots[:n]
+        numbers = zip(
+            slots.tolist(), rows.lengths[:n].tolist(), rows.token_ids[slots].tolist(), strict=True
+        )
         found = []
-        for slot, length in zip(rows.slots[:n].tolist(), rows.lengths[:n].tolist(), strict=True):
-            token_ids = rows.token_ids[slot, :length].tolist()
-            new = token_ids[self._looked_at.get(slot, 0) :]
+        for slot, length, token_ids in numbers:
+            new = token_ids[self._looked_at.get(slot, 0) : length]
             self._looked_at[slot] = length
-            if not self._flagged.isdisjoint(new) and (met := self._stop.met_at(token_ids)):
+            if self._flagged.isdisjoint(new):
+                continue
+            met = self._stop.met_at(token_ids[:length])
+            if met is not None:
                 found.append(Ended(slot, met, End.STOP))
         if not found:
             return

@@ -2,9 +2,16 @@
 
 import torch
 
+_MESSAGES = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""Of errors that have no type of their own: torch's allocator on the CPU; the driver under Triton
+and under a capture; cuBLAS."""
+
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of the device or of the CPU, whose allocator of torch's raises a plain RuntimeError."""
+    """Of the device or of the CPU. An error that came up while one of these was handled is one:
+    ending a capture that ran out of memory may fail in turn."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES):
+        return True
+    return error.__context__ is not None and is_out_of_memory(error.__context__)

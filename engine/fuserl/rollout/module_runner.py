@@ -1,8 +1,9 @@
 """The rollout through the decoder's own modules: any device, any family of ours.
 
 A step has fixed shapes and waits for the device nowhere: rows that end are turned off in their
-place, and the host looks after a few steps. On CUDA such a step is captured (captured_step.py); on
-a CPU it runs as it is, with weights packed for products in a fixed order where they are compiled.
+place, and the host looks after a few steps. On CUDA such a step is captured (captured_step.py), and
+what the host has seen of it is a look old; on a CPU it runs as it is, with weights packed for
+products in a fixed order where they are compiled.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import fuserl_kernels as fk
 from fuserl.model.cache import CacheShape, KVCache
-from fuserl.model.decoder import Decoder
+from fuserl.model.decoder import Decoder, Layer
 from fuserl.model.heads import LanguageModel
 from fuserl.model.packing import Packing
 from fuserl.model.products import PackedProducts, Product, torch_product
@@ -28,8 +29,8 @@ from fuserl_kernels.packed_weight import PackedWeight
 KEEP_SHARE = 0.75
 """Live share of the rows below which the ended ones are dropped from the batch."""
 GRAPH_STEPS = 8
-"""Captured steps between two looks of the host: what a row decodes on after its end, at most, is
-twice that."""
+"""Captured steps between two looks of the host: what a row decodes on after a stop, at most, is
+twice that, less one. Limits the host knows."""
 
 
 class ModuleRunner:
@@ -43,6 +44,7 @@ class ModuleRunner:
         self._cache = KVCache(model.config, shape, model.trunk.dtype, model.device)
         self.rows = allocate_rows(model, shape)
         self.cache_bytes, self.weight_bytes, self.num_flagged = self._cache.num_bytes, 0, 0
+        self._steps_left = 0  # within which the last live row ends
         self._product: Product = torch_product
         self._packed: PackedProducts | None = None
         if _can_pack(model):
@@ -51,19 +53,31 @@ class ModuleRunner:
         device, vocab_size = model.device, model.config.vocab_size
         self._is_stop = options.stop.stop_table(vocab_size, device)
         self._is_flag = options.stop.flag_table(vocab_size, device)
-        # By slot, with a row for those that are off.
-        self._final_lengths = torch.zeros(shape.num_slots + 1, dtype=torch.int64, device=device)
-        self._ended_by = torch.zeros(shape.num_slots + 1, dtype=torch.int64, device=device)
+        # By slot, with a column for rows that are off: final lengths, and what ended them.
+        self._endings = torch.zeros(2, shape.num_slots + 1, dtype=torch.int64, device=device)
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # ended, flagged
+        # A number of the host's in torch.where would be a launch of its own in every step.
+        numbers = (-1, shape.num_slots, 0, End.STOP, End.LIMIT, End.BROKEN)
+        self._numbers = torch.tensor([int(number) for number in numbers], device=device).unbind()
         self._kept: Tensor | None = None
         if options.keep_before:
             sizes = (shape.num_slots + 1, shape.capacity, model.config.hidden_size)
             self._kept = torch.empty(sizes, dtype=model.trunk.dtype, device=device)
-        self._graphs = CapturedSteps(self._step, self.rows) if device.type == "cuda" else None
+        layers = [layer for layer in model.trunk.layers if isinstance(layer, Layer)]
+        self._tables = {layer.attn.table for layer in layers}
+        self._held: list[tuple[Tensor, Tensor]] = []  # what steps have read of them
+        self._hold_tables()
+        self.graphs = CapturedSteps(self.rows) if device.type == "cuda" else None
+
+    @property
+    def cache(self) -> KVCache:
+        return self._cache
 
     @torch.no_grad()
     def admit(self, prompts: Sequence[NewPrompt], rows: Sequence[NewRow]) -> list[Tensor | None]:
         kept = self._prefill(prompts) if prompts else []
+        left = self._steps_left if self.rows.num_rows else 0
+        self._steps_left = max(left, *(row.limit for row in rows))
         self.rows.start(rows)
         return kept
 
@@ -89,30 +103,51 @@ class ModuleRunner:
     def run(self, max_steps: int, enough: int) -> list[Ended]:
         rows = self.rows
         self._counts.zero_()
-        self._ended_by.zero_()
-        every = GRAPH_STEPS if self._graphs is not None else 1
-        poll, steps = Poll(self._counts), 0
-        live = rows.num_rows
-        while steps < max_steps:
-            for _ in range(min(every, max_steps - steps)):
-                if self._graphs is not None:
-                    self._graphs.replay(rows.num_rows)
-                else:
-                    self._step(rows.num_rows)
-                steps += 1
-            num_ended, self.num_flagged = poll.look()
-            if num_ended >= min(enough, live) or self.num_flagged:
+        self._endings.zero_()
+        poll, live = Poll(self._counts), rows.num_rows
+        left = min(max_steps, self._steps_left)
+        if self.graphs is not None:
+            self._hold_tables()
+        while rows.num_rows:
+            num_steps = min(left, 1 if self.graphs is None else GRAPH_STEPS)
+            if self.graphs is None:
+                self._step(rows.num_rows)
+            else:
+                self.graphs.replay(self._step, rows.num_rows, num_steps)
+            left -= num_steps
+            self._steps_left -= num_steps
+            if left == 0:
+                break
+            num_ended, num_flagged = poll.look()
+            if num_ended >= min(enough, live) or num_flagged:
                 break
             if live - num_ended <= KEEP_SHARE * rows.num_rows:
                 self._compact()
         return self._take_ended()
 
+    def _hold_tables(self) -> None:
+        """A rotary table that grows, for a longer sequence elsewhere, is made anew: graphs go on
+        reading the old one, and those captured from then on read the new one."""
+        for table in self._tables:
+            used = table.upto(self._cache.num_positions, self._model.device)
+            if not any(used is held for held in self._held):
+                self._held.append(used)
+
     def _take_ended(self) -> list[Ended]:
-        """The rows that ended since `run` began, and the others moved together."""
-        self._compact()
-        found = torch.stack((self._final_lengths, self._ended_by))[:, :-1].t().tolist()
+        """The rows that ended since `run` began, and the others moved together. All that the host
+        needs comes in one copy, for which it waits."""
+        rows, device = self.rows, self._model.device
+        n, width = rows.num_rows, self._endings.shape[1]
+        told = torch.cat((rows.slots[:n], self._endings.flatten(), self._counts)).tolist()
+        slots, lengths, ends = told[:n], told[n : n + width - 1], told[n + width : -3]
+        self.num_flagged = told[-1]
+        live = [row for row, slot in enumerate(slots) if slot >= 0]
+        if len(live) < n:
+            rows.keep(torch.tensor(live, dtype=torch.int64, device=device))
         return [
-            Ended(slot, length, End(end)) for slot, (length, end) in enumerate(found) if end != 0
+            Ended(slot, length, End(end))
+            for slot, (length, end) in enumerate(zip(lengths, ends, strict=True))
+            if end != 0
         ]
 
     def _compact(self) -> None:
@@ -123,6 +158,7 @@ class ModuleRunner:
         """A token for each of the first num_rows rows. Reads and writes arrays that never move, and
         nothing of what it does depends on what they hold."""
         rows, sampling = self.rows, self._options.sampling
+        off, last_slot, none, stop, limit, broken = self._numbers
         slots, lengths = rows.slots[:num_rows], rows.lengths[:num_rows]
         hidden = rows.hidden[:num_rows]
         drawn, logprobs, truncated = fk.sample_tokens(
@@ -136,7 +172,7 @@ class ModuleRunner:
             positions=lengths,
         )
         live = slots >= 0
-        at = torch.where(live, slots, len(rows.slots))  # the last row is for what is off
+        at = torch.where(live, slots, last_slot)  # there is one more, for what is off
         where = (at, lengths.clamp(max=rows.token_ids.shape[1] - 1))
         rows.token_ids.index_put_(where, drawn)
         rows.logprobs.index_put_(where, logprobs.float())
@@ -144,19 +180,22 @@ class ModuleRunner:
 
         token_ids = drawn.clamp(min=0)
         longer = lengths + live
-        end = torch.where(longer >= rows.limits[:num_rows], int(End.LIMIT), 0)
+        end = torch.where(longer >= rows.limits[:num_rows], limit, none)
         if self._is_stop is not None:
-            end = torch.where(self._is_stop[token_ids], int(End.STOP), end)
-        end = torch.where(drawn < 0, int(End.BROKEN), end)
-        end = torch.where(live, end, 0)
-        self._ended_by.index_put_((at,), torch.where(end > 0, end, self._ended_by[at]))
-        self._final_lengths.index_put_((at,), longer)
-        self._counts[0] += (end > 0).sum()
+            end = torch.where(self._is_stop[token_ids], stop, end)
+        end = torch.where(drawn < 0, broken, end)
+        end = torch.where(live, end, none)
+        ended = end > 0
+        final_lengths, ended_by = self._endings
+        # A row is on until it ends: what is written for it last stays.
+        final_lengths.index_put_((at,), longer)
+        ended_by.index_put_((at,), end)
+        self._counts[0].add_(ended.sum())
         if self._is_flag is not None:
-            self._counts[1] += (live & (end == 0) & self._is_flag[token_ids]).sum()
+            self._counts[1].add_((live & ~ended & self._is_flag[token_ids]).sum())
 
         prompt_ids = rows.prompt_ids[:num_rows]
-        still = torch.where(end > 0, -1, slots)
+        still = torch.where(ended, off, slots)
         # The stream of a last token is wanted too, where streams are kept.
         computed = still if self._kept is None else slots
         step = DecodeStep(self._cache, computed, prompt_ids, where[1], self._product)

@@ -16,20 +16,28 @@ BUDGET_SHARE = {"cpu": 0.5, "cuda": 0.8}
 """Of the memory that is free now, for keys and values."""
 
 
+def wanted_slots(
+    model: LanguageModel, requests: Sequence[PromptRequest], num_slots: int | None = None
+) -> int:
+    """As many as asked for (default: DEFAULT_SLOTS), and as there are requests."""
+    num_requests = sum(len(request.request_ids) for request in requests)
+    return min(num_slots or DEFAULT_SLOTS.get(model.device.type, 64), num_requests)
+
+
 def plan_cache(
     model: LanguageModel,
     requests: Sequence[PromptRequest],
     num_slots: int | None = None,
     budget_bytes: int | None = None,
+    budget_share: float | None = None,
 ) -> CacheShape:
-    """As many slots as asked for (default: DEFAULT_SLOTS), as there are requests, and as the budget
-    (default: BUDGET_SHARE of free memory) has room for. ValueError for a budget that has no room
-    for one request."""
+    """The wanted slots, or as many as the budget (default: budget_share of free memory, default
+    BUDGET_SHARE) has room for. ValueError for a budget that has no room for one request."""
     device = model.device.type
-    num_requests = sum(len(request.request_ids) for request in requests)
-    slots = min(num_slots or DEFAULT_SLOTS.get(device, 64), num_requests)
+    slots = wanted_slots(model, requests, num_slots)
     if budget_bytes is None:
-        budget_bytes = int(free_bytes(model.device) * BUDGET_SHARE.get(device, 0.5))
+        share = BUDGET_SHARE.get(device, 0.5) if budget_share is None else budget_share
+        budget_bytes = int(free_bytes(model.device) * share)
     while True:
         shape = shape_for(requests, slots)
         needed = shape.num_bytes(model.config, model.trunk.dtype)

@@ -14,12 +14,13 @@ class Poll:
         self._pending: tuple[Tensor, torch.cuda.Event] | None = None
 
     def look(self) -> list[int]:
-        if self._counts.device.type != "cuda":
+        device = self._counts.device
+        if device.type != "cuda":
             return self._counts.tolist()
         copy = torch.empty(self._counts.shape, dtype=self._counts.dtype, pin_memory=True)
         copy.copy_(self._counts, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(device))
         before, self._pending = self._pending, (copy, event)
         if before is None:
             return [0] * len(copy)

@@ -17,6 +17,7 @@ from fuserl.recompute import describe_recomputed, recompute
 from fuserl.rewards import FunctionReward, ModelReward, RewardFunction, observe
 from fuserl.rollout.collect import choose_prompts, rollout
 from fuserl.rollout.engine import RolloutFacts
+from fuserl.rollout.kept_runner import RolloutMemory
 from fuserl.run import Run, prepare_folder
 from fuserl.scoring import score
 from fuserl.shaping import shape
@@ -115,6 +116,7 @@ class RLTrainer:
             name: FunctionReward(function, policy.tokenizer, at_tokens=False)
             for name, function in self._monitors.items()
         }
+        memory = RolloutMemory()
         for step in run.steps():
             clock, facts = Clock(), RolloutFacts()
             chosen = choose_prompts(prompts, config, step)
@@ -129,6 +131,7 @@ class RLTrainer:
                         on_step=run.check,
                         on_completion=on_completion,
                         facts=facts,
+                        memory=memory,
                     )
                 with clock.lap("score"):
                     scored = score(
