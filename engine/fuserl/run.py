@@ -15,6 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fuserl import tokenizer
+from fuserl.allocator import keep_freed_memory
 from fuserl.checkpoint import Checkpoint
 from fuserl.config import TrainConfig
 from fuserl.interrupt import Interrupted, InterruptFlag
@@ -71,6 +72,7 @@ class Run:
         self._saved_at = -1
 
     def __enter__(self) -> "Run":
+        keep_freed_memory()
         if self._config.resume:
             self._restore()
         elif self._config.overwrite:
