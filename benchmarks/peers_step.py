@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fuserl.allocator import keep_freed_memory
 from fuserl.batch import RolloutBatch
 from fuserl.bench.report import describe_machine
 from fuserl.config import RLConfig
@@ -286,6 +287,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as a run does
     trainer = Trainer(args)
     before = _peak_rss_mb()
     steps = [trainer.step(number) for number in range(args.warm_steps + args.steps)]
