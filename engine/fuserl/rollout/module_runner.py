@@ -29,8 +29,8 @@ from fuserl_kernels.packed_weight import PackedWeight
 KEEP_SHARE = 0.75
 """Live share of the rows below which the ended ones are dropped from the batch."""
 GRAPH_STEPS = 8
-"""Captured steps between two looks of the host: what a row decodes on after a stop, at most, is
-twice that, less one. Limits the host knows."""
+"""Captured steps between two looks of the host: what a row decodes on behind a stop string, at
+most, is twice that, less one. Limits the host knows."""
 
 
 PREFILL_TOKENS = 16_384
