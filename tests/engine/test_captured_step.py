@@ -2,7 +2,7 @@
 completion; and how they capture, with graphs that are simulated. Real ones are tested on a GPU, in
 test_gpu_rollout.py."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from rollout_cases import assert_same, completions_of, options_of, requests_of
 from fuserl.model.cache import CacheShape
 from fuserl.model.heads import LanguageModel
 from fuserl.policy import Policy
-from fuserl.rollout import captured_step, engine
+from fuserl.rollout import captured_step, engine, module_runner
 from fuserl.rollout.captured_step import WARM_UPS, CapturedSteps, bucket_of
 from fuserl.rollout.live_rows import LiveRows, NewPrompt, NewRow
 from fuserl.rollout.module_runner import GRAPH_STEPS, ModuleRunner
@@ -103,6 +103,29 @@ def test_a_flag_in_the_last_step_of_a_call_is_not_lost(
     runner.admit([NewPrompt(0, [5, 6])], [NewRow(0, 0, 40, 0), NewRow(1, 0, 40, 1)])
     assert runner.run(GRAPH_STEPS, 2) == []
     assert runner.num_flagged == 2 * GRAPH_STEPS
+
+
+@pytest.mark.parametrize("most_tokens", [1, 4, 7])
+def test_prompts_computed_in_parts_are_the_same(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, most_tokens: int
+) -> None:
+    model, requests = make_model(seed=2), requests_of(9, (6,))
+    monkeypatch.setattr(engine, "make_runner", lambda model: ModuleRunner)
+    options = options_of(keep_before=1)
+    want = completions_of(model, requests, options)
+    sizes: list[int] = []
+    prefill = ModuleRunner._prefill
+
+    def watched(self: ModuleRunner, prompts: Sequence[NewPrompt]) -> list[torch.Tensor | None]:
+        sizes.append(sum(len(prompt.ids) for prompt in prompts))
+        assert sizes[-1] <= most_tokens or len(prompts) == 1
+        return prefill(self, prompts)
+
+    monkeypatch.setattr(ModuleRunner, "_prefill", watched)
+    monkeypatch.setattr(module_runner, "PREFILL_TOKENS", most_tokens)
+    assert_same(completions_of(model, requests, options), want)
+    assert len(sizes) > 2
+    assert sum(sizes) == sum(len(request.ids) for request in requests)
 
 
 def test_limits_are_no_news(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ what the host has seen of it is a look old; on a CPU it runs as it is, with weig
 products in a fixed order where they are compiled.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,8 +29,13 @@ from fuserl_kernels.packed_weight import PackedWeight
 KEEP_SHARE = 0.75
 """Live share of the rows below which the ended ones are dropped from the batch."""
 GRAPH_STEPS = 8
-"""Captured steps between two looks of the host: what a row decodes on after a stop, at most, is
-twice that, less one. Limits the host knows."""
+"""Captured steps between two looks of the host: what a row decodes on behind a stop string, at
+most, is twice that, less one. Limits the host knows."""
+
+
+PREFILL_TOKENS = 16_384
+"""Of prompts that are computed together, unless one is longer. More would be no faster, and what a
+layer makes of them takes memory that the cache could have."""
 
 
 class ModuleRunner:
@@ -75,7 +80,9 @@ class ModuleRunner:
 
     @torch.no_grad()
     def admit(self, prompts: Sequence[NewPrompt], rows: Sequence[NewRow]) -> list[Tensor | None]:
-        kept = self._prefill(prompts) if prompts else []
+        kept: list[Tensor | None] = []
+        for part in _parts(prompts, PREFILL_TOKENS):
+            kept += self._prefill(part)
         left = self._steps_left if self.rows.num_rows else 0
         self._steps_left = max(left, *(row.limit for row in rows))
         self.rows.start(rows)
@@ -227,6 +234,18 @@ class ModuleRunner:
 
     def kept(self, slot: int, length: int) -> Tensor | None:
         return None if self._kept is None else self._kept[slot, :length].clone()
+
+
+def _parts(prompts: Sequence[NewPrompt], most_tokens: int) -> Iterator[Sequence[NewPrompt]]:
+    """In order, each as many as have so many tokens together, and at least one."""
+    first = num_tokens = 0
+    for number, prompt in enumerate(prompts):
+        if number > first and num_tokens + len(prompt.ids) > most_tokens:
+            yield prompts[first:number]
+            first, num_tokens = number, 0
+        num_tokens += len(prompt.ids)
+    if prompts:
+        yield prompts[first:]
 
 
 def _can_pack(model: LanguageModel) -> bool:
