@@ -53,7 +53,8 @@ class PackedWeight:
     ) -> torch.Tensor:
         """x weight^T + bias, in `out` (of the weight's dtype or float32) or in a new tensor of the
         weight's dtype, summed in float32 in an order that depends on num_inputs alone. No
-        gradient."""
+        gradient. Raises ValueError for what does not fit."""
+        self._check(x, bias, out)
         if x.stride(1) != 1 and x.dtype != torch.float32:
             x = x.contiguous()
         if bias is not None:
@@ -76,3 +77,25 @@ class PackedWeight:
             num_threads=torch.get_num_threads(),
         )
         return out
+
+    def _check(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None) -> None:
+        """The compiled code reads and writes what it is told is there."""
+        if x.dim() != 2 or x.shape[1] != self.num_inputs or x.dtype != self.dtype or x.is_cuda:
+            raise ValueError(
+                f"x must be {self.dtype} [N, {self.num_inputs}] on the CPU, "
+                f"not {x.dtype} {list(x.shape)} on {x.device}"
+            )
+        if bias is not None and (bias.shape != (self.num_outputs,) or bias.dtype != self.dtype):
+            raise ValueError(
+                f"bias must be {self.dtype} [{self.num_outputs}], "
+                f"not {bias.dtype} {list(bias.shape)}"
+            )
+        if out is not None and (
+            out.shape != (x.shape[0], self.num_outputs)
+            or out.dtype not in (self.dtype, torch.float32)
+            or (out.stride(1) != 1 and out.shape[1] > 1)
+        ):
+            raise ValueError(
+                f"out must be {self.dtype} or float32 [{x.shape[0]}, {self.num_outputs}] with unit "
+                f"column stride, not {out.dtype} {list(out.shape)}"
+            )

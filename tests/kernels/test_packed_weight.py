@@ -155,3 +155,21 @@ def test_without_the_compiled_module_it_says_why(monkeypatch):
     monkeypatch.setattr(native, "_load", lambda: (None, "the kernels are not usable"))
     with pytest.raises(RuntimeError, match="not usable"):
         PackedWeight.of(torch.randn(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("x", (torch.zeros(2, 4),)),
+        ("x", (torch.zeros(2, 5, dtype=torch.bfloat16),)),
+        ("bias", (torch.zeros(2, 5), torch.zeros(2))),
+        ("bias", (torch.zeros(2, 5), torch.zeros(3, dtype=torch.bfloat16))),
+        ("out", (torch.zeros(2, 5), None, torch.zeros(2, 4))),
+        ("out", (torch.zeros(2, 5), None, torch.zeros(2, 3, dtype=torch.float16))),
+        ("out", (torch.zeros(2, 5), None, torch.zeros(3, 2).t())),
+    ],
+)
+def test_what_does_not_fit_is_named(name: str, arguments: tuple) -> None:
+    packed = PackedWeight.of(torch.ones(3, 5))
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        packed.linear(*arguments)
