@@ -23,6 +23,7 @@ _MIN_BUFFER_BYTES = 64 << 20
 _MAX_BUFFER_BYTES = 1 << 30
 _TILE_ELEMENTS = 1 << 22  # of a weight tile that is converted or multiplied at a time
 _ROW_MULTIPLE = 64
+_MAX_PACKED_BYTES = 96 << 20  # of a weight that is packed whole
 
 
 class Kernels(NamedTuple):
@@ -83,26 +84,42 @@ class Products:
 
 
 class FixedProducts(Products):
-    """The CPU's own, from a weight packed once for all chunks: each logit is summed in the order
-    of fixed_linear, so that a row has the same bits in any chunk, and in the decode loop. float32
-    logits of bf16 operands come out of one product."""
+    """The CPU's own: each logit is summed in the order of fixed_linear, so that a row has the same
+    bits in any chunk, and in the decode loop. float32 logits of bf16 operands come out of one
+    product. A small weight is packed once for all chunks; a large one a tile at a time for each,
+    so that there is never a second copy of it."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__(weight, bias)
         self._narrow_bias = bias  # of the weight's dtype
-        self._packed = PackedWeight.of(weight)
+        self._is_small = weight.nbytes <= _MAX_PACKED_BYTES
+
+    @functools.cached_property
+    def _packed(self) -> PackedWeight:
+        return PackedWeight.of(self.weight)
 
     @functools.cached_property
     def _transposed(self) -> PackedWeight:
         return PackedWeight.of(self.weight.t())
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
-        self._packed.linear(hidden, self._narrow_bias, out)
+        if self._is_small:
+            self._packed.linear(hidden, self._narrow_bias, out)
+            return
+        for columns in self._tiles():
+            bias = None if self._narrow_bias is None else self._narrow_bias[columns]
+            PackedWeight.of(self.weight[columns]).linear(hidden, bias, out[:, columns])
 
     def grad_hidden(self, gradient: torch.Tensor) -> torch.Tensor:
         if self.weight.dtype != self.dtype:
             return super().grad_hidden(gradient)
-        return self._transposed.linear(gradient)
+        if self._is_small:
+            return self._transposed.linear(gradient)
+        total = gradient.new_zeros(gradient.shape[0], self.weight.shape[1])
+        for columns in self._tiles():
+            packed = PackedWeight.of(self.weight[columns].t())
+            total += packed.linear(gradient[:, columns])
+        return total
 
     def add_grad_weight(
         self, gradient: torch.Tensor, hidden: torch.Tensor, total: torch.Tensor, fresh: bool

@@ -28,6 +28,23 @@ def operands(dtype, num_rows=5, vocab_size=70, hidden_size=33):
     return hidden, weight, torch.randn(vocab_size).to(dtype)
 
 
+def weight_elements(dtype):
+    return operands(dtype)[1].numel()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_and_the_whole_give_the_same_bits(dtype, monkeypatch):
+    hidden, weight, bias = operands(dtype)
+    found = []
+    for most, tile in ((1 << 30, 1 << 22), (0, 33 * 16)):
+        monkeypatch.setattr(projection, "_MAX_PACKED_BYTES", most)
+        monkeypatch.setattr(projection, "_TILE_ELEMENTS", tile)
+        found.append(torch.empty(5, 70))
+        FixedProducts(weight, bias).logits(hidden, found[-1])
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -36,6 +53,8 @@ def test_logits_are_not_rounded_to_a_narrow_dtype(
     kind, dtype, with_bias, tile_elements, monkeypatch
 ):
     monkeypatch.setattr(projection, "_TILE_ELEMENTS", tile_elements)
+    if tile_elements < weight_elements(dtype):  # a weight too large to be packed whole
+        monkeypatch.setattr(projection, "_MAX_PACKED_BYTES", 0)
     hidden, weight, bias = operands(dtype)
     logits = torch.empty(5, 70)
     kind(weight, bias if with_bias else None).logits(hidden, logits)
@@ -49,6 +68,8 @@ def test_logits_are_not_rounded_to_a_narrow_dtype(
 @pytest.mark.parametrize("tile_elements", [33 * 16, 1 << 22])
 def test_gradients_behind_the_logits(kind, dtype, tile_elements, monkeypatch):
     monkeypatch.setattr(projection, "_TILE_ELEMENTS", tile_elements)
+    if tile_elements < weight_elements(dtype):  # a weight too large to be packed whole
+        monkeypatch.setattr(projection, "_MAX_PACKED_BYTES", 0)
     hidden, weight, bias = operands(dtype)
     products = kind(weight, bias)
     gradient = torch.randn(5, 70).to(products.gradient_dtype)
