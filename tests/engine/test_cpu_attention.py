@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fuserl.model import cpu_attention as cpu_attention_module
 from fuserl.model.cpu_attention import cpu_attention
 
-LENGTHS = (5, 1, 40, 33)
+LENGTHS = (5, 1, 40, 40, 33, 5)  # neighbours of one length, and others apart
 SCALE = 0.3
 
 
@@ -90,3 +91,16 @@ def test_a_second_derivative_raises() -> None:
     (first, *_) = torch.autograd.grad(ours(*sources), sources, grad, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
+
+
+@pytest.mark.parametrize("heads", [(3, 3), (6, 2)])
+@pytest.mark.parametrize("together", [1, 45, 8192])
+def test_a_sequence_does_not_depend_on_those_beside_it(
+    heads: tuple[int, int], together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_attention_module, "TOKENS_TOGETHER", together)
+    *sources, _ = (x.float() for x in inputs(*heads))
+    whole = ours(*sources).split(list(LENGTHS))
+    parts = zip(*(x.split(list(LENGTHS)) for x in sources), strict=True)
+    for found, (q, k, v) in zip(whole, parts, strict=True):
+        assert torch.equal(found, cpu_attention(q, k, v, [len(q)], SCALE))

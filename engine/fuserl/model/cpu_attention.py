@@ -1,11 +1,14 @@
 """Causal attention over packed sequences on a CPU, in and out of the packed tensors themselves.
 
-torch's fused CPU kernel runs a sequence at a time. It computes in fp32 whatever the dtype: in bf16
-its backward pass takes up to three times as long at the lengths of a batch, and errs more. What is
-kept for the backward pass stays in the dtype of the inputs.
+torch's fused CPU kernel runs the sequences of one length in one call: nothing is padded, and a batch
+of equal lengths costs few calls. It computes in fp32 whatever the dtype: in bf16 its backward pass
+takes up to three times as long at the lengths of a batch, and errs more. What is kept for the
+backward pass stays in the dtype of the inputs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,6 +16,9 @@ from torch import Tensor
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_bwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+TOKENS_TOGETHER = 8192
+"""Of one call, unless one sequence is longer: what it widens to fp32 stays small."""
 
 
 def cpu_attention(
@@ -23,20 +29,62 @@ def cpu_attention(
     return _CPUAttention.apply(query, key, value, lengths, scale)
 
 
+@dataclass(frozen=True, slots=True)
+class _Equals:
+    """Sequences of one length, S."""
+
+    rows: slice | Tensor  # their tokens among the N
+    length: int
+
+    def heads(self, x: Tensor, group: int) -> Tensor:
+        """[N, heads, head_dim] to fp32 (or wider) [sequences, heads * group, S, head_dim]."""
+        x = x[self.rows].unflatten(0, (-1, self.length))
+        if group > 1:
+            x = x.repeat_interleave(group, dim=2)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return x.transpose(1, 2).to(dtype)
+
+    def put(self, target: Tensor, heads: Tensor) -> None:
+        """The reverse, into [N, heads, head_dim]; heads that share a key are added up."""
+        of_rows = heads.transpose(1, 2).flatten(0, 1)
+        if of_rows.shape[1] != target.shape[1]:
+            of_rows = of_rows.unflatten(1, (target.shape[1], -1)).sum(2)
+        target[self.rows] = of_rows.to(target.dtype)
+
+
+def _by_length(lengths: Sequence[int]) -> list[_Equals]:
+    starts: dict[int, list[int]] = {}
+    for length, start in zip(lengths, accumulate(lengths, initial=0), strict=False):
+        starts.setdefault(length, []).append(start)
+    groups = []
+    for length, of_length in starts.items():
+        together = max(1, TOKENS_TOGETHER // max(1, length))
+        for first in range(0, len(of_length), together):
+            part = of_length[first : first + together]
+            end = part[0] + len(part) * length
+            if part[-1] + length == end:  # side by side, as starts ascend: nothing is gathered
+                groups.append(_Equals(slice(part[0], end), length))
+            else:
+                rows = torch.tensor(part)[:, None] + torch.arange(length)
+                groups.append(_Equals(rows.flatten(), length))
+    return groups
+
+
 class _CPUAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float
     ) -> Tensor:
-        out, group = torch.empty_like(query), query.shape[1] // key.shape[1]
-        statistics = []
-        for rows in _sequences(lengths):
-            heads = (_heads(x[rows], n) for x, n in ((query, 1), (key, group), (value, group)))
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        group = query.shape[1] // key.shape[1]
+        groups, statistics = _by_length(lengths), []
+        for equals in groups:
+            heads = (equals.heads(x, n) for x, n in ((query, 1), (key, group), (value, group)))
             attended, logsumexp = _flash(*heads, 0.0, True, scale=scale)
-            out[rows] = attended[0].transpose(0, 1)
+            equals.put(out, attended)
             statistics.append(logsumexp)
         ctx.save_for_backward(query, key, value, out, *statistics)
-        ctx.lengths, ctx.scale, ctx.group = lengths, scale, group
+        ctx.groups, ctx.scale, ctx.group = groups, scale, group
         return out
 
     @staticmethod
@@ -45,30 +93,12 @@ class _CPUAttention(torch.autograd.Function):
         query, key, value, out, *statistics = ctx.saved_tensors
         group = ctx.group
         gradients = [torch.empty_like(x) for x in (query, key, value)]
-        for rows, logsumexp in zip(_sequences(ctx.lengths), statistics, strict=True):
+        for equals, logsumexp in zip(ctx.groups, statistics, strict=True):
             heads = (
-                _heads(x[rows], n)
+                equals.heads(x, n)
                 for x, n in ((grad_out, 1), (query, 1), (key, group), (value, group), (out, 1))
             )
             found = _flash_bwd(*heads, logsumexp, 0.0, True, scale=ctx.scale)
             for gradient, of_heads in zip(gradients, found, strict=True):
-                of_rows = of_heads[0].transpose(0, 1)
-                if of_rows.shape[1] != gradient.shape[1]:  # key heads that queries share
-                    of_rows = of_rows.unflatten(1, (-1, group)).sum(2)
-                gradient[rows] = of_rows
+                equals.put(gradient, of_heads)
         return (*gradients, None, None)
-
-
-def _sequences(lengths: Sequence[int]) -> Iterator[slice]:
-    start = 0
-    for length in lengths:
-        yield slice(start, start + length)
-        start += length
-
-
-def _heads(x: Tensor, group: int) -> Tensor:
-    """[S, heads, head_dim] to fp32 (or wider) [1, heads * group, S, head_dim]."""
-    if group > 1:
-        x = x.repeat_interleave(group, dim=1)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.transpose(0, 1).unsqueeze(0).to(dtype)
