@@ -2,8 +2,8 @@
 
 The choice, made by what is installed and where the tensors are: flash-attn (Dao, 2023) for
 bf16 and fp16 on CUDA; else torch's variable-length attention there; else torch's scaled dot
-product attention (SDPA), one sequence at a time. SDPA on a CPU is a fused kernel too, and at
-ragged lengths a loop over it is several times faster than one padded call.
+product attention (SDPA), one sequence at a time, or on a CPU those of one length. SDPA on a CPU is a
+fused kernel too, and at ragged lengths a loop over it is several times faster than one padded call.
 """
 
 import functools
@@ -52,7 +52,7 @@ def choice(
     if device.type != "cuda" and softcap:
         return "sdpa", "in plain operations: torch's fused kernel has no softcap"
     if device.type != "cuda":
-        return "sdpa", "torch's fused kernel, a sequence at a time"
+        return "sdpa", "torch's fused kernel, the sequences of one length at a time"
     if dtype not in _HALVES:
         return "sdpa", f"the variable-length kernels take bf16 and fp16, not {dtype}"
     if _flash_attn() is not None:
