@@ -2,8 +2,8 @@
 
 The choice, made by what is installed and where the tensors are: flash-attn (Dao, 2023) for
 bf16 and fp16 on CUDA; else torch's variable-length attention there; else torch's scaled dot
-product attention (SDPA), one sequence at a time, or on a CPU those of one length. SDPA on a CPU is a
-fused kernel too, and at ragged lengths a loop over it is several times faster than one padded call.
+product attention (SDPA), one sequence at a time, or on a CPU those of one length. SDPA on a CPU is
+a fused kernel too, and at ragged lengths several times faster so than in one padded call.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """Causal attention over packed sequences on a CPU, in and out of the packed tensors themselves.
 
 torch's fused CPU kernel runs the sequences of one length in one call: nothing is padded, and equal
-lengths cost few calls. It computes in fp32 whatever the dtype: in bf16 its backward pass takes up to
-three times as long at the lengths of a batch, and errs more. What is kept for the backward pass
+lengths cost few calls. It computes in fp32 whatever the dtype: in bf16 its backward pass takes up
+to three times as long at the lengths of a batch, and errs more. What is kept for the backward pass
 stays in the dtype of the inputs.
 """
 
