@@ -66,11 +66,17 @@ class Helpers {
 
     // On the thread that has work.
     void share(const std::function<void()>& work) {
+        // Whatever happens, nobody is inside when `work` ends its life.
+        struct Guard {
+            Helpers& helpers;
+            ~Guard() {
+                helpers.work_.store(nullptr);
+                while (helpers.inside_.load() != 0) pause();
+            }
+        } guard{*this};
         work_.store(&work);
         turn_.fetch_add(1);
         work();  // until all of it is taken
-        work_.store(nullptr);
-        while (inside_.load() != 0) pause();
     }
 
     void dismiss() { is_over_.store(true); }

@@ -133,9 +133,17 @@ class _Progress:
 
 
 def _refuse_full_file(config: GenerateConfig) -> None:
-    """Before any work is done: ValueError for an --out that would be lost."""
-    if config.out is None or config.overwrite:
+    """Before any work is done: ValueError for an --out that cannot be, or that would be lost."""
+    if config.out is None:
         return
     out = Path(config.out)
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder: give it a file")
+    if files := [parent for parent in out.parents if parent.is_file()]:
+        raise ValueError(f"--out {out} cannot be: {files[0]} is a file and no folder")
+    if config.data is not None and out.exists() and out.samefile(config.data):
+        raise ValueError(f"--out {out} holds the prompts: choose another --out")
+    if config.overwrite:
+        return
     if out.is_file() and out.stat().st_size:
         raise ValueError(f"{out} is not empty: choose another --out, or add --overwrite to lose it")

@@ -66,7 +66,7 @@ def _named(
     """least, most: of trainer - rollout."""
     return {
         "sampling/sampling_logp_difference/mean": mean_difference,
-        "sampling/sampling_logp_difference/max": torch.maximum(-least, most),
+        "sampling/sampling_logp_difference/max": torch.maximum(least.abs(), most.abs()),
         "sampling/importance_sampling_ratio/min": least.clamp(max=MAX_LOG_RATIO).exp(),
         "sampling/importance_sampling_ratio/mean": mean_ratio,
         "sampling/importance_sampling_ratio/max": most.clamp(max=MAX_LOG_RATIO).exp(),

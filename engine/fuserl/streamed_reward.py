@@ -40,6 +40,10 @@ class StreamedReward:
         self._thread.shutdown(cancel_futures=True)
 
     def add(self, completion: Completion) -> None:
+        """Raises what the reward raised so far: the rest need not be sampled."""
+        for _, future in self._parts:
+            if future.done():
+                future.result()
         self._waiting.append(completion)
         if len(self._waiting) == self._size:
             self._submit()

@@ -20,13 +20,16 @@ class PackedWeight:
 
     @classmethod
     def of(cls, weight: torch.Tensor) -> "PackedWeight":
-        """weight: [num_outputs, num_inputs]. RuntimeError without the compiled module."""
+        """weight: [num_outputs, num_inputs]. RuntimeError without the compiled module, ValueError
+        for a weight that is not on the CPU."""
+        if weight.device.type != "cpu":
+            raise ValueError(f"a weight is packed on the CPU, and this one is on {weight.device}")
         if 1 not in weight.stride():
             weight = weight.contiguous()
         module, dtype = native.module(), native.dtype(weight)
         num_outputs, num_inputs = weight.shape
         num_bytes = module.packed_bytes(dtype, num_outputs, num_inputs)
-        room = torch.empty(num_bytes + _ALIGNMENT, dtype=torch.uint8)
+        room = torch.empty(num_bytes + _ALIGNMENT, dtype=torch.uint8, device="cpu")
         start = -room.data_ptr() % _ALIGNMENT
         panels = room[start : start + num_bytes]
         module.pack_weight(

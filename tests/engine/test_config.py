@@ -109,7 +109,7 @@ def test_every_field_says_what_it_is(kind: type) -> None:
         (GenerateConfig, {"eos_token_id": 3, "ignore_eos": True}, "no sense with ignore_eos"),
         (GenerateConfig, {"overwrite": True}, "overwrite makes no sense without an out file"),
         (EvaluateConfig, {"num_slots": 0}, "num_slots must be positive"),
-        (EvaluateConfig, {"temperature": -1.0}, "temperature must not be negative"),
+        (EvaluateConfig, {"temperature": -1.0}, "temperature must be finite, not negative"),
         (EvaluateConfig, {"limit": 0}, "limit must be positive"),
         (EvaluateConfig, {"max_new_tokens": 0}, "max_new_tokens must be positive"),
     ],

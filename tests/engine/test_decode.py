@@ -238,7 +238,7 @@ def test_stored_logprobs_are_of_the_distribution_before_truncation(make_model: M
         ({"n": 0}, "n must be at least 1"),
         ({"num_slots": 0}, "num_slots must be at least 1"),
         ({"eos_token_id": 40}, "eos_token_id 40 is outside the vocabulary of 40"),
-        ({"temperature": -1.0}, "temperature must not be negative"),
+        ({"temperature": -1.0}, "temperature must be finite, not negative"),
         ({"top_k": -1}, "top_k must not be negative"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"min_p": 1.5}, r"min_p must be in \[0, 1\]"),

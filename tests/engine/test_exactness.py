@@ -58,6 +58,31 @@ def test_models_that_cannot_are_named(
     assert "runs through transformers" in caplog.text
 
 
+@needs_native
+@pytest.mark.parametrize("max_positions", [2, 5, 24, 300])
+def test_a_model_of_few_positions_is_tried_too(
+    make_model: MakeModel, max_positions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+    real = exactness.completion_logprobs
+
+    def watched(model: LanguageModel, sequences: Any, temperature: float) -> torch.Tensor:
+        tried.append(len(sequences.token_ids))
+        return real(model, sequences, temperature)
+
+    monkeypatch.setattr(exactness, "completion_logprobs", watched)
+    assert make_exact(make_model(seed=3, max_positions=max_positions), 1.0)
+    assert len(tried) == 3
+    assert max(tried) >= 2
+
+
+def test_a_model_without_room_is_named(
+    make_model: MakeModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not make_exact(make_model(seed=3, max_positions=1), 1.0)
+    assert "no room for a prompt and a token" in caplog.text
+
+
 def test_options_that_exclude_it() -> None:
     given: dict[str, Any] = {"model": "m", "data": "d", "out": "o", "exact": True}
     with pytest.raises(ValueError, match="exact makes no sense with lora_rank"):
@@ -94,7 +119,7 @@ def test_a_run_has_no_gap_and_ratios_of_exactly_one(
         return list(read_metrics(out / "metrics.jsonl"))
 
     for line in run(exact=True):
-        assert line["sampling/sampling_logp_difference/max"] == 0.0
+        assert str(line["sampling/sampling_logp_difference/max"]) == "0.0"  # and no minus
         assert line["sampling/importance_sampling_ratio/min"] == 1.0
         assert line["sampling/importance_sampling_ratio/max"] == 1.0
         assert line["first/val/ratio"] == 1.0

@@ -239,3 +239,21 @@ def test_a_folder_without_a_tokenizer_is_named(
     assert cli.main(["generate", f"--model={folder}", f"--data={data}", f"--out={out}"]) == 1
     assert f"{folder} has no tokenizer files, and the rows are text" in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_out_that_cannot_be_is_refused_before_the_model_is_opened(
+    data: Path, tmp_path: Path, overwrite: bool
+) -> None:
+    def refused(out: Path, message: str) -> None:
+        config = GenerateConfig(
+            model="no such folder", data=str(data), out=str(out), overwrite=overwrite
+        )
+        with pytest.raises(ValueError, match=message):
+            run_generate(config)
+
+    before = data.read_bytes()
+    refused(tmp_path, "is a folder: give it a file")
+    refused(data / "under" / "a.jsonl", "is a file and no folder")
+    refused(data, "holds the prompts: choose another --out")
+    assert data.read_bytes() == before

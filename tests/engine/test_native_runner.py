@@ -136,7 +136,7 @@ def test_prompts_may_be_computed_in_any_parts(
 ) -> None:
     model = scrambled("gemma2", dtype)
     whole = sample(model, keep_before=1)
-    monkeypatch.setattr(native_runner, "PREFILL_TOKENS", 7)
+    monkeypatch.setattr(native_runner, "PASS_TOKENS", 7)
     parts = sample(model, keep_before=1)
     assert_same(parts, whole)
 

@@ -202,8 +202,4 @@ def test_a_thousand_requests_leave_nothing(model: LanguageModel) -> None:
         )
 
     num_calls = 1000 // (10 * len(PROMPTS))
-    one_rollout = decode(
-        model, PROMPTS, max_new_tokens=8, sampling=SAMPLINGS["cool"], num_slots=16
-    ).facts
-    held = one_rollout.cache_bytes + one_rollout.weight_bytes
-    assert growth_bytes("cpu", run, num_calls) < num_calls * held / 2
+    assert growth_bytes("cpu", run, num_calls) < 1 << 20

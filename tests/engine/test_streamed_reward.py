@@ -1,6 +1,7 @@
 """Rewards computed while others are sampled: the same scores, in parts, in another thread."""
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -130,6 +131,50 @@ def test_what_the_function_raises_arrives_with_its_row(
 
     with pytest.raises(RewardError, match=r"raised KeyError: 'no judge'\n.*\nprompt \(data\["):
         sampled_and_scored(make_model(seed=2), function, config_of(reward_batch_size=2))
+
+
+def test_a_rollout_ends_early_where_its_reward_raised(
+    make_model: Callable[..., LanguageModel],
+) -> None:
+    calls: list[int] = []
+    raised = threading.Event()
+
+    def function(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
+        calls.append(len(completion_ids))
+        raised.set()
+        raise KeyError("no judge")
+
+    model, config = make_model(seed=2), config_of(reward_batch_size=1, rollout_slots=1)
+    prompts = prompts_of(config.num_samples)
+
+    def rolled_out() -> None:
+        reward = FunctionReward(function, None, at_tokens=False)
+        with reward_of(reward, prompts, config) as (_, add):
+            assert add is not None
+
+            def on_completion(completion: Any) -> None:
+                add(completion)
+                assert raised.wait(timeout=30)
+                while not streamed_parts_are_done(add):
+                    time.sleep(0.01)
+
+            rollout(
+                model,
+                prompts,
+                config,
+                eos_token_ids=(),
+                step=0,
+                on_step=lambda: None,
+                on_completion=on_completion,
+            )
+
+    with pytest.raises(RewardError, match="no judge"):
+        rolled_out()
+    assert len(calls) == 1, "the other completions are neither sampled nor scored"
+
+
+def streamed_parts_are_done(add: Any) -> bool:
+    return all(future.done() for _, future in add.__self__._parts)
 
 
 def test_an_interrupted_rollout_leaves_no_thread(make_model: Callable[..., LanguageModel]) -> None:

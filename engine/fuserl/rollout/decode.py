@@ -63,7 +63,11 @@ def decode(
     longer than the model's positions, and for logits that hold no distribution (NaN).
     """
     limits = check_request(model.config, prompts, max_new_tokens)
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     num_rows = len(prompts) * num_samples
+    if request_ids is not None and len(request_ids) != num_rows:
+        raise ValueError(f"request_ids has {len(request_ids)} entries for {num_rows} completions")
     ids = list(range(num_rows) if request_ids is None else request_ids)
     if stop is None:
         stop = StopRule.of(eos_token_id, vocab_size=model.config.vocab_size)

@@ -7,10 +7,12 @@ compiled kernels, up to the rounding of products that depend on the size of a ba
 """
 
 import logging
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from fuserl.model.cache import CacheShape
@@ -75,26 +77,30 @@ def generate(
     in. memory: what stays on a CUDA device for the next rollout, default nothing. When memory runs
     out, the rollout goes on with half the slots; what had finished stays.
 
+    The model's weights must not change before the last completion is drawn.
+
     Raises ValueError for logits that hold no distribution (NaN).
     """
     facts = RolloutFacts() if facts is None else facts
     facts.prompt_states = [None] * len(requests)
     memory = RolloutMemory(keeps=False) if memory is None else memory
     queue = _Queue(requests)
+    handled, asked = sys.exception(), _Asked(on_step)
     while queue:
         lease: Lease | None = None
         try:
-            lease = memory.take(
-                make_runner(model), model, requests, options, num_slots, kv_budget_bytes
-            )
+            with torch.inference_mode(False):  # the caller's mode may be another at the next draw
+                lease = memory.take(
+                    make_runner(model), model, requests, options, num_slots, kv_budget_bytes
+                )
             facts.num_slots = lease.shape.num_slots
             facts.cache_bytes = lease.runner.cache_bytes
             facts.weight_bytes = lease.runner.weight_bytes
-            yield from _Schedule(lease.runner, queue, options, lease.shape, facts).run(on_step)
+            yield from _Schedule(lease.runner, queue, options, lease.shape, facts).run(asked)
             memory.put_back(lease)
             return
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or memory.num_slots == 1:
+            if asked.raised or not is_out_of_memory(error, handled) or memory.num_slots == 1:
                 raise
         lease = None  # its memory is needed
         before, now = memory.num_slots, memory.shrink()
@@ -114,6 +120,22 @@ def make_runner(
         return ModuleRunner
     table = {"native": NativeRunner, "triton": ModuleRunner, "reference": ModuleRunner}
     return backend.select("rollout", table, model.output_weight)
+
+
+class _Asked:
+    """The caller's on_step, and whether it raised: that is no fault of the rollout's. (The error
+    itself is not kept: it holds on to the frames it passed, and they to the cache.)"""
+
+    def __init__(self, on_step: Callable[[], None] | None) -> None:
+        self._on_step = on_step
+        self.raised = False
+
+    def __call__(self) -> None:
+        if self._on_step is None:
+            return
+        self.raised = True
+        self._on_step()
+        self.raised = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,10 +194,9 @@ class _Schedule:
         self._flagged = options.stop.flagged_ids
         self._looked_at: dict[int, int] = {}  # tokens of a slot that were searched for strings
 
-    def run(self, on_step: Callable[[], None] | None) -> Iterator[Completion]:
+    def run(self, on_step: Callable[[], None]) -> Iterator[Completion]:
         while self._queue:
-            if on_step is not None:
-                on_step()
+            on_step()
             self._admit()
             for ended in self._runner.run(self._max_steps, self._enough()):
                 yield self._finish(ended)
@@ -258,10 +279,9 @@ class _Schedule:
         """End the rows whose text holds a stop string."""
         rows = self._runner.rows
         n = rows.num_rows
-        slots = rows.slots[:n]
-        numbers = zip(
-            slots.tolist(), rows.lengths[:n].tolist(), rows.token_ids[slots].tolist(), strict=True
-        )
+        slots, lengths = rows.slots[:n], rows.lengths[:n].tolist()
+        token_rows = rows.token_ids[slots, : max(lengths, default=0)].tolist()
+        numbers = zip(slots.tolist(), lengths, token_rows, strict=True)
         found = []
         for slot, length, token_ids in numbers:
             new = token_ids[self._looked_at.get(slot, 0) : length]

@@ -59,8 +59,9 @@ class LiveRows:
         self.prompt_hidden = torch.zeros(num_prompts, hidden_size, dtype=dtype, device=device)
         # By slot. The last row takes what rows that ended go on to draw.
         self.token_ids = numbers(num_slots + 1, capacity)
-        self.logprobs = torch.zeros(num_slots + 1, capacity, device=device)
-        self.truncated_logprobs = torch.zeros(num_slots + 1, capacity, device=device)
+        sizes = (num_slots + 1, capacity)
+        self.logprobs = torch.zeros(sizes, dtype=torch.float32, device=device)
+        self.truncated_logprobs = torch.zeros(sizes, dtype=torch.float32, device=device)
 
     def start(self, rows: Sequence[NewRow]) -> None:
         """Append rows at the beginning of their completions; their prompts' hidden states are

@@ -216,7 +216,8 @@ class ModuleRunner:
     def _logits(self, hidden: Tensor) -> Tensor:
         if self._packed is None:
             return self._model.logits(hidden)
-        logits = torch.empty(len(hidden), self._model.config.vocab_size)
+        sizes = (len(hidden), self._model.config.vocab_size)
+        logits = torch.empty(sizes, dtype=torch.float32, device=hidden.device)
         self._packed.head.linear(hidden, self._model.output_bias, logits)
         if (softcap := self._model.config.final_softcap) is not None:
             # As losses do it, to the bit; torch's tanh rounds otherwise.

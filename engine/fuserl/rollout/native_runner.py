@@ -22,7 +22,7 @@ from fuserl.rollout.runner import RunnerOptions, allocate_rows, pack_prompts
 from fuserl_kernels import native
 from fuserl_kernels.packed_weight import PackedWeight
 
-PREFILL_TOKENS = 1024
+PASS_TOKENS = 1024
 """Prompt tokens of one pass: its activations stay small, its products large."""
 
 _NO_NORM = (0, 0)
@@ -37,6 +37,11 @@ def why_not(model: LanguageModel) -> str | None:
         return "it runs through transformers"
     if trunk.dtype not in (torch.float32, torch.bfloat16) or trunk.device.type != "cpu":
         return f"its weights are {trunk.dtype} on {trunk.device}"
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue  # merged into what is packed
+        if parameter.dtype != trunk.dtype or not parameter.is_contiguous():
+            return f"{name} is {parameter.dtype}, or not contiguous, in a model of {trunk.dtype}"
     if config.rope is None or not config.gated_mlp or config.parallel_residual:
         return (
             "it is no Llama-style decoder (rotary positions, gated MLP, one residual after another)"
@@ -60,17 +65,19 @@ class NativeRunner:
         vocab_size = config.vocab_size
         self._is_stop = options.stop.stop_table(vocab_size, model.device)
         self._is_flag = options.stop.flag_table(vocab_size, model.device)
-        self._ended = torch.zeros(3, shape.num_slots, dtype=torch.int64)
+        self._ended = torch.zeros(3, shape.num_slots, dtype=torch.int64, device="cpu")
         self._kept: Tensor | None = None
         if options.keep_before:
             sizes = (shape.num_slots, shape.capacity, config.hidden_size)
-            self._kept = torch.empty(sizes, dtype=trunk.dtype)
+            self._kept = torch.empty(sizes, dtype=trunk.dtype, device="cpu")
         self._tables: list[tuple[Tensor, Tensor]] = []  # alive as long as their addresses are used
+        # What is read in place; it must stay where and as it is until the rollout ends.
+        self._read = {name: (p, p.data_ptr(), _version(p)) for name, p in model.named_parameters()}
         self._decoder = self._build(trunk)
 
     def _build(self, trunk: Decoder) -> Any:
         config, packed, model = trunk.config, self._packed, self._model
-        scale = torch.tensor(config.embedding_scale, dtype=trunk.dtype).item()
+        scale = torch.tensor(config.embedding_scale, dtype=trunk.dtype, device="cpu").item()
         decoder = native.module().Decoder(
             dtype=native.dtype(trunk.embed_tokens.weight),
             hidden_size=config.hidden_size,
@@ -138,16 +145,17 @@ class NativeRunner:
     def _prefill(self, prompts: Sequence[NewPrompt]) -> list[Tensor | None]:
         token_ids, lengths = pack_prompts(prompts, self._model.device)
         sequences, positions = rows_and_offsets(lengths)
-        items = torch.tensor([prompt.item for prompt in prompts])
-        self._cache.prompt_lengths[items] = torch.tensor(lengths)
+        items = torch.tensor([prompt.item for prompt in prompts], device="cpu")
+        of_prompt = torch.tensor(lengths, device="cpu")
+        self._cache.prompt_lengths[items] = of_prompt
         prompt_ids = items[sequences]
-        is_last = positions + 1 == torch.tensor(lengths)[sequences]
+        is_last = positions + 1 == of_prompt[sequences]
         streams = kept_at = None
         if self._kept is not None:
             streams = self._kept.new_empty(len(token_ids), self._kept.shape[2])
-            kept_at = torch.arange(len(token_ids))
-        for first in range(0, len(token_ids), PREFILL_TOKENS):
-            part = slice(first, first + PREFILL_TOKENS)
+            kept_at = torch.arange(len(token_ids), device="cpu")
+        for first in range(0, len(token_ids), PASS_TOKENS):
+            part = slice(first, first + PASS_TOKENS)
             last = is_last[part].nonzero().squeeze(1)
             hidden = self.rows.hidden.new_empty(len(last), self.rows.hidden.shape[1])
             self._decoder.prefill(
@@ -168,6 +176,7 @@ class NativeRunner:
         return list(streams.split(lengths))
 
     def run(self, max_steps: int, enough: int) -> list[Ended]:
+        self._refuse_other_weights()
         rows, sampling = self.rows, self._options.sampling
         slots, lengths, ends = self._ended
         _, rows.num_rows, num_ended, self.num_flagged = self._decoder.decode(
@@ -201,11 +210,29 @@ class NativeRunner:
             for slot, length, end in self._ended[:, :num_ended].t().tolist()
         ]
 
+    def _refuse_other_weights(self) -> None:
+        """A rollout that is asked for its rest after a training step would be of two policies."""
+        now = dict(self._model.named_parameters())
+        for name, (parameter, address, version) in self._read.items():
+            if (
+                now.get(name) is not parameter
+                or parameter.data_ptr() != address
+                or _version(parameter) != version
+            ):
+                raise RuntimeError(
+                    f"{name} changed while a rollout was under way: take all its completions first"
+                )
+
     def keep(self, rows: Tensor) -> None:
         self.rows.keep(rows)
 
     def kept(self, slot: int, length: int) -> Tensor | None:
         return None if self._kept is None else self._kept[slot, :length].clone()
+
+
+def _version(parameter: Tensor) -> int:
+    """It grows when the tensor is written to; of one made in inference mode nothing is known."""
+    return 0 if parameter.is_inference() else parameter._version
 
 
 def _norm(norm: Norm | None) -> tuple[int, int]:

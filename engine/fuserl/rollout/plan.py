@@ -19,7 +19,10 @@ BUDGET_SHARE = {"cpu": 0.5, "cuda": 0.8}
 def wanted_slots(
     model: LanguageModel, requests: Sequence[PromptRequest], num_slots: int | None = None
 ) -> int:
-    """As many as asked for (default: DEFAULT_SLOTS), and as there are requests."""
+    """As many as asked for (default: DEFAULT_SLOTS), and as there are requests. ValueError for
+    none."""
+    if num_slots is not None and num_slots < 1:
+        raise ValueError(f"num_slots must be at least 1, got {num_slots}")
     num_requests = sum(len(request.request_ids) for request in requests)
     return min(num_slots or DEFAULT_SLOTS.get(model.device.type, 64), num_requests)
 
@@ -45,8 +48,8 @@ def plan_cache(
             return shape
         if slots == 1:
             raise ValueError(
-                f"one request needs {needed / 1e6:.0f} MB for its keys and values, and the budget "
-                f"is {budget_bytes / 1e6:.0f} MB: lower max_new_tokens or give kv_budget_bytes"
+                f"one request needs {needed:,} bytes for its keys and values, and the budget is "
+                f"{budget_bytes:,}: lower max_new_tokens or give kv_budget_bytes more"
             )
         slots = max(1, min(slots - 1, int(slots * budget_bytes / needed)))
 

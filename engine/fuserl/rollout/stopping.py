@@ -99,6 +99,6 @@ class StopRule:
 def _table(ids: Collection[int], vocab_size: int, device: torch.device) -> Tensor | None:
     if not ids:
         return None
-    table = torch.zeros(vocab_size, dtype=torch.bool)
-    table[torch.tensor(sorted(ids))] = True
+    table = torch.zeros(vocab_size, dtype=torch.bool, device="cpu")
+    table[torch.tensor(sorted(ids), device="cpu")] = True
     return table.to(device)
