@@ -26,14 +26,14 @@ def _forward_native(
 
 def _backward_native(
     x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, wants_x: bool, wants_weight: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     if x.dtype == torch.bfloat16:  # torch's products of bf16 are faster than packing both ways
         grad_x = torch.mm(grad, weight) if wants_x else x.new_empty(0)
         grad_weight = torch.mm(grad.t(), x) if wants_weight else x.new_empty(0)
     else:
         grad_x = PackedWeight.of(weight.t()).linear(grad) if wants_x else x.new_empty(0)
         grad_weight = PackedWeight.of(x.t()).linear(grad.t()) if wants_weight else x.new_empty(0)
-    return grad_x, grad_weight, grad.sum(0) if wants_weight else x.new_empty(0)
+    return grad_x, grad_weight
 
 
 FORWARD: backend.Table = {"reference": linear_fwd, "native": _forward_native}
@@ -46,11 +46,10 @@ def _fake_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
 
 def _fake_bwd(
     x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, wants_x: bool, wants_weight: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     return (
         x.new_empty(x.shape if wants_x else 0),
         x.new_empty(weight.shape if wants_weight else 0),
-        x.new_empty(weight.shape[0] if wants_weight else 0),
     )
 
 
@@ -61,16 +60,18 @@ def _setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
     x, weight = ctx.saved_tensors
-    wants_x, *wants = needed = ctx.needs_input_grad[:3]
-    found = _op_bwd(x, weight, grad, wants_x, any(wants))
-    return tuple(
-        gradient if is_wanted else None for gradient, is_wanted in zip(found, needed, strict=True)
+    wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+    grad_x, grad_weight = _op_bwd(x, weight, grad, wants_x, wants_weight)
+    return (
+        grad_x if wants_x else None,
+        grad_weight if wants_weight else None,
+        grad.sum(0) if wants_bias else None,
     )
 
 
 _op_bwd = register(
     "fixed_linear_bwd(Tensor x, Tensor weight, Tensor grad, bool wants_x, bool wants_weight)"
-    " -> (Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor)",
     BACKWARD,
     _fake_bwd,
     backward=not_twice,
