@@ -54,6 +54,35 @@ def sampled_and_scored(
         return batch, reward(batch, prompts)
 
 
+def streamed(
+    model: LanguageModel,
+    function: Callable[..., Any],
+    config: RLConfig,
+    *,
+    then: Callable[[Any], None],
+    on_step: Callable[[], None] = lambda: None,
+) -> None:
+    """A rollout whose completions go to the reward as they finish; `then` is called after each,
+    with what took it."""
+    prompts = prompts_of(config.num_samples)
+    with reward_of(FunctionReward(function, None, at_tokens=False), prompts, config) as (_, add):
+        assert add is not None
+
+        def on_completion(completion: Any) -> None:
+            add(completion)
+            then(add)
+
+        rollout(
+            model,
+            prompts,
+            config,
+            eos_token_ids=(),
+            step=0,
+            on_step=on_step,
+            on_completion=on_completion,
+        )
+
+
 @pytest.mark.parametrize("at_tokens", [False, True])
 def test_scores_are_those_of_the_whole(
     make_model: Callable[..., LanguageModel], at_tokens: bool
@@ -89,8 +118,7 @@ def test_parts_are_scored_before_the_rollout_ends(
     make_model: Callable[..., LanguageModel],
 ) -> None:
     """The function's first call waits until the sampler asks for its next tokens."""
-    model, config = make_model(seed=2), config_of(reward_batch_size=3, rollout_slots=2)
-    prompts = prompts_of(config.num_samples)
+    config = config_of(reward_batch_size=3, rollout_slots=2)
     scored = threading.Event()
 
     def function(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
@@ -98,28 +126,16 @@ def test_parts_are_scored_before_the_rollout_ends(
         return [0.0] * len(completion_ids)
 
     waited: list[bool] = []
-    finished = [0]
-    with reward_of(FunctionReward(function, None, at_tokens=False), prompts, config) as (_, add):
-        assert add is not None
+    finished: list[int] = []
 
-        def on_completion(completion: Any) -> None:
-            add(completion)
-            finished[0] += 1
+    def on_step() -> None:
+        if len(finished) >= 3 and not waited:  # others are still to be sampled
+            waited.append(scored.wait(timeout=30))
+            assert len(finished) < len(prompts_of(config.num_samples))
 
-        def on_step() -> None:
-            if finished[0] >= 3 and not waited:  # others are still to be sampled
-                waited.append(scored.wait(timeout=30))
-                assert finished[0] < len(prompts)
-
-        rollout(
-            model,
-            prompts,
-            config,
-            eos_token_ids=(),
-            step=0,
-            on_step=on_step,
-            on_completion=on_completion,
-        )
+    streamed(
+        make_model(seed=2), function, config, then=lambda add: finished.append(1), on_step=on_step
+    )
     assert waited == [True]
 
 
@@ -144,64 +160,24 @@ def test_a_rollout_ends_early_where_its_reward_raised(
         raised.set()
         raise KeyError("no judge")
 
-    model, config = make_model(seed=2), config_of(reward_batch_size=1, rollout_slots=1)
-    prompts = prompts_of(config.num_samples)
+    def until_it_raised(add: Any) -> None:
+        assert raised.wait(timeout=30)
+        while not all(future.done() for _, future in add.__self__._parts):
+            time.sleep(0.01)
 
-    def rolled_out() -> None:
-        reward = FunctionReward(function, None, at_tokens=False)
-        with reward_of(reward, prompts, config) as (_, add):
-            assert add is not None
-
-            def on_completion(completion: Any) -> None:
-                add(completion)
-                assert raised.wait(timeout=30)
-                while not streamed_parts_are_done(add):
-                    time.sleep(0.01)
-
-            rollout(
-                model,
-                prompts,
-                config,
-                eos_token_ids=(),
-                step=0,
-                on_step=lambda: None,
-                on_completion=on_completion,
-            )
-
+    config = config_of(reward_batch_size=1, rollout_slots=1)
     with pytest.raises(RewardError, match="no judge"):
-        rolled_out()
+        streamed(make_model(seed=2), function, config, then=until_it_raised)
     assert len(calls) == 1, "the other completions are neither sampled nor scored"
 
 
-def streamed_parts_are_done(add: Any) -> bool:
-    return all(future.done() for _, future in add.__self__._parts)
-
-
 def test_an_interrupted_rollout_leaves_no_thread(make_model: Callable[..., LanguageModel]) -> None:
-    model, config = make_model(seed=2), config_of(reward_batch_size=1)
-    prompts = prompts_of(config.num_samples)
-    reward = FunctionReward(lambda **given: [0.0], None, at_tokens=False)
+    def interrupted(add: Any) -> None:
+        raise KeyboardInterrupt
 
-    def interrupted() -> None:
-        with reward_of(reward, prompts, config) as (_, add):
-            assert add is not None
-
-            def on_completion(completion: Any) -> None:
-                add(completion)
-                raise KeyboardInterrupt
-
-            rollout(
-                model,
-                prompts,
-                config,
-                eos_token_ids=(),
-                step=0,
-                on_step=lambda: None,
-                on_completion=on_completion,
-            )
-
+    config = config_of(reward_batch_size=1)
     with pytest.raises(KeyboardInterrupt):
-        interrupted()
+        streamed(make_model(seed=2), lambda **given: [0.0], config, then=interrupted)
     assert not [t for t in threading.enumerate() if t.name.startswith("reward")]
 
 

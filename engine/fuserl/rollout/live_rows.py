@@ -78,7 +78,8 @@ class LiveRows:
 
     def keep(self, rows: Tensor) -> None:
         """Make these rows, [n] int64, the live ones, in this order."""
-        for array in (*self._arrays, self.hidden):
+        numbers = (self.slots, self.prompt_ids, self.lengths, self.limits, self.request_ids)
+        for array in (*numbers, self.hidden):
             array[: len(rows)] = array[rows]
         self.num_rows = len(rows)
 
@@ -86,7 +87,3 @@ class LiveRows:
         """[n] int64: the live rows but those of these slots."""
         gone = torch.tensor(slots, device=self.slots.device)
         return (~torch.isin(self.slots[: self.num_rows], gone)).nonzero().squeeze(1)
-
-    @property
-    def _arrays(self) -> tuple[Tensor, ...]:
-        return self.slots, self.prompt_ids, self.lengths, self.limits, self.request_ids
