@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 
 from fuserl.bench.case import PASSES, Case
-from fuserl.bench.ops import Provider, providers
+from fuserl.bench.op import Provider
+from fuserl.bench.ops import providers
 from fuserl.device import default_device
 
 OP = "linear_token_logprobs"

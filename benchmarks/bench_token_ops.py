@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 
 from fuserl.bench.case import Case
-from fuserl.bench.ops import OPS, Provider, providers
+from fuserl.bench.op import Provider
+from fuserl.bench.ops import OPS, providers
 from fuserl.device import default_device
 
 TOKENS = {"num_sequences": 256, "num_slots": 512}

@@ -12,7 +12,8 @@ import torch
 
 from fuserl.bench.case import Case
 from fuserl.bench.checking import Error
-from fuserl.bench.ops import BASELINE, Provider, find_op, providers
+from fuserl.bench.op import BASELINE, Provider
+from fuserl.bench.ops import find_op, providers
 from fuserl.bench.problem import Problem
 from fuserl.bench.run import check
 

@@ -524,7 +524,8 @@ class BenchConfig:
 
     op: str
     """Also without the flag: token_logprobs, linear_token_logprobs, linear_policy_loss, gae,
-    rewards_to_advantages, masked_whiten, kl_penalty, policy_loss, ppo_loss, pairwise_loss,
+    rewards_to_advantages, discounted_returns, shape_rewards, masked_moments, masked_whiten,
+    kl_penalty, policy_loss, value_loss, ppo_loss, pairwise_loss,
     sample_tokens, rms_norm, layer_norm, rotary, rotary_kv_write, glu, decode_attention,
     lora_linear, training_step, rl_step or rollout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -15,12 +15,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fuserl_kernels as fk
 from fuserl import cli
-from fuserl.bench import ops, run
+from fuserl.bench import run
 from fuserl.bench.case import Case, Cost, linear_cost, rows_cost
 from fuserl.bench.checking import Call, bound_for, measure_error
 from fuserl.bench.memory import peak_extra_bytes, why_not_measured
-from fuserl.bench.ops import OPS, Provider, providers
+from fuserl.bench.op import BASELINE, Provider
+from fuserl.bench.ops import OPS, providers
 from fuserl.bench.output import WrongAnswer
 from fuserl.bench.problem import Problem
 from fuserl.bench.report import CaseReport, Result
@@ -103,7 +105,7 @@ OPTIONS = [
 @pytest.mark.parametrize(("op", "options"), OPTIONS)
 def test_the_truth_is_what_autograd_gives_in_float64(op: str, options: dict[str, bool]) -> None:
     problem = widened(OPS[op].problem(tiny(op, **options)))
-    eager = OPS[op].rivals[ops.BASELINE](problem.case)
+    eager = OPS[op].rivals[BASELINE](problem.case)
     outputs, gradients = Call(problem, eager, None).run()
     error = measure_error(problem, outputs, gradients)
     assert error.value < 1e-12
@@ -116,7 +118,7 @@ def test_the_truth_is_what_autograd_gives_in_float64(op: str, options: dict[str,
 def test_every_gradient_row_that_is_checked_is_told_apart(op: str) -> None:
     problem = OPS[op].problem(tiny(op))
     assert isinstance(problem.truth, Truth)
-    call = Call(problem, OPS[op].rivals[ops.BASELINE](problem.case), None)
+    call = Call(problem, OPS[op].rivals[BASELINE](problem.case), None)
     outputs, gradients = call.run()
     for i, (rows, _) in enumerate(problem.truth.gradients):
         spoiled = [gradient.clone() for gradient in gradients]
@@ -130,7 +132,7 @@ def test_every_gradient_row_that_is_checked_is_told_apart(op: str) -> None:
 @pytest.mark.parametrize(("op", "options"), OPTIONS)
 def test_every_output_is_told_apart(op: str, options: dict[str, bool]) -> None:
     problem = OPS[op].problem(tiny(op, **options))
-    call = Call(problem, OPS[op].rivals[ops.BASELINE](problem.case), None)
+    call = Call(problem, OPS[op].rivals[BASELINE](problem.case), None)
     outputs, gradients = call.run()
     for i in range(len(outputs)):
         for wrong in (outputs[i] + 0.01, outputs[i] * torch.nan):
@@ -217,7 +219,7 @@ def test_ours_that_breaks_is_refused_too(table: Callable[..., None]) -> None:
 
 
 def test_a_wrong_baseline_excuses_nothing_of_ours(table: Callable[..., None]) -> None:
-    table(ours=with_offset(torch.inf), rivals={ops.BASELINE: with_offset(torch.inf)})
+    table(ours=with_offset(torch.inf), rivals={BASELINE: with_offset(torch.inf)})
     chosen = providers("token_logprobs", REFERENCE)
     with pytest.raises(WrongAnswer, match="fuserl-reference: wrong, error inf"):
         run_case(tiny("token_logprobs"), chosen, CEILINGS, 3, 1.0)
@@ -240,12 +242,17 @@ def test_without_memory_is_not_wrong(table: Callable[..., None]) -> None:
 # --- providers and options
 
 
+def test_every_public_op_is_benchmarked() -> None:
+    others = {"PRESETS", "use_backend", "fixed_linear"}  # the last is for CPUs
+    assert set(OPS) == set(fk.__all__) - others
+
+
 def test_every_op_is_registered_and_starts_with_torch() -> None:
     for name, op in OPS.items():
         assert name in tables()
-        assert next(iter(op.rivals)) == ops.BASELINE
+        assert next(iter(op.rivals)) == BASELINE
         assert {p.backend for p in providers(name) if p.is_ours} == set(tables()[name])
-        assert {p.name for p in providers(name, REFERENCE)} == {REFERENCE, ops.BASELINE}
+        assert {p.name for p in providers(name, REFERENCE)} == {REFERENCE, BASELINE}
 
 
 def test_a_backend_that_cannot_run_says_why() -> None:
@@ -502,7 +509,7 @@ def on_cpu(gpu_script: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
         gpu_script.report, "describe_machine", lambda device, threads: describe("cpu", threads)
     )
     monkeypatch.setattr(gpu_script, "measure_ceilings", lambda device, dtype: CEILINGS)
-    monkeypatch.setattr(gpu_script, "providers", lambda op: providers(op, ops.BASELINE))
+    monkeypatch.setattr(gpu_script, "providers", lambda op: providers(op, BASELINE))
     monkeypatch.setattr(gpu_script, "python", lambda *arguments: 0)
     cases = [tiny("token_logprobs", name) for name in ("forward", "forward_backward")]
     monkeypatch.setitem(gpu_script.PARTS, "ops", lambda: cases)

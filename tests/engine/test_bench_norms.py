@@ -8,7 +8,8 @@ import torch
 from fuserl.bench import norms
 from fuserl.bench.case import Case, Cost
 from fuserl.bench.checking import Call
-from fuserl.bench.ops import BASELINE, OPS, providers
+from fuserl.bench.op import BASELINE
+from fuserl.bench.ops import OPS, providers
 from fuserl.bench.run import cases_of, check
 from fuserl.config import BenchConfig
 

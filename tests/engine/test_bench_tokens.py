@@ -10,7 +10,8 @@ import torch
 from fuserl.bench import sampling, token_problems, token_rivals
 from fuserl.bench.case import Case, Cost
 from fuserl.bench.checking import Call, bound_for
-from fuserl.bench.ops import BASELINE, OPS, providers
+from fuserl.bench.op import BASELINE
+from fuserl.bench.ops import OPS, providers
 from fuserl.bench.problem import CLIP_RANGE
 from fuserl.bench.rivals import Unavailable
 from fuserl.bench.run import check

@@ -1,12 +1,7 @@
 """The table of benchmarked ops: a new op joins by one entry.
 
-A provider is named `fuserl-<implementation>` or after its library. The first rival of each op is
-plain torch, to which the others' times are compared.
+A provider is named `fuserl-<implementation>` or after its library.
 """
-
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -18,69 +13,22 @@ from fuserl.bench import (
     rivals,
     rotary,
     sampling,
-    token_problems,
     token_rivals,
 )
-from fuserl.bench.case import PASSES, Case, Cost, linear_cost, rows_cost
+from fuserl.bench.case import Case, linear_cost, rows_cost
+from fuserl.bench.op import BASELINE, Op, Provider, Sizes
 from fuserl.bench.problem import (
     CLIP_RANGE,
     KL_COEF,
     PolicyBatch,
-    Problem,
     logprobs_problem,
     policy_problem,
 )
-from fuserl.bench.rivals import Function, Make, Unavailable, with_loss
+from fuserl.bench.rivals import Function, Unavailable, with_loss
+from fuserl.bench.token_ops import TOKEN_OPS
 from fuserl.bench.truth import Tensors
 from fuserl_kernels import backend
 from fuserl_kernels.registration import tables
-
-
-@dataclass(frozen=True, slots=True)
-class Provider:
-    """backend: the implementation of ours that runs inside, forward and backward."""
-
-    name: str
-    make: Make
-    backend: str | None = None
-
-    @property
-    def is_ours(self) -> bool:
-        return self.backend is not None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
-    """Of a case; 0 for a dimension that the op does not have."""
-
-    num_rows: int = 0
-    vocab_size: int = 0
-    hidden_size: int = 0
-    num_sequences: int = 0
-    num_slots: int = 0
-    num_heads: int = 0
-    num_kv_heads: int = 0
-    head_dim: int = 0
-    num_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Op:
-    """defaults, dtypes: by device. passes: what "all" times. options: fields of Case that the op
-    takes, with what they are unless asked for."""
-
-    problem: Callable[[Case], Problem]
-    cost: Callable[[Case], Cost]
-    ours: Make
-    rivals: Mapping[str, Make]
-    defaults: Mapping[str, Sizes]
-    dtypes: Mapping[str, str] = field(default_factory=lambda: {"cpu": "fp32", "cuda": "bf16"})
-    passes: tuple[str, ...] = PASSES
-    has_gradient: bool = True
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-BASELINE = "torch"
 
 
 def _token_logprobs(case: Case) -> Function:
@@ -122,101 +70,6 @@ def _linear_policy_loss(case: Case) -> Function:
     return run
 
 
-def _gae(case: Case) -> Function:
-    def run(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> Tensors:
-        return fk.gae(
-            rewards,
-            values,
-            mask,
-            gamma=token_problems.GAMMA,
-            gae_lambda=token_problems.GAE_LAMBDA,
-        )
-
-    return run
-
-
-def _rewards_to_advantages(case: Case) -> Function:
-    def run(
-        scores: torch.Tensor,
-        logprobs: torch.Tensor,
-        ref_logprobs: torch.Tensor,
-        values: torch.Tensor,
-        mask: torch.Tensor,
-    ) -> Tensors:
-        return fk.rewards_to_advantages(
-            scores,
-            logprobs,
-            ref_logprobs,
-            values,
-            mask,
-            kl_coef=token_problems.REWARD_KL_COEF,
-            gamma=token_problems.GAMMA,
-            gae_lambda=token_problems.GAE_LAMBDA,
-            whiten=True,
-            unbiased=True,
-        )
-
-    return run
-
-
-def _masked_whiten(case: Case) -> Function:
-    return lambda x, mask: (fk.masked_whiten(x, mask, unbiased=True),)
-
-
-def _kl_penalty(case: Case) -> Function:
-    return lambda logprobs, ref_logprobs: (fk.kl_penalty(logprobs, ref_logprobs, "k3"),)
-
-
-_POLICY_METRICS = ("policy/approxkl", "policy/clipfrac", "val/ratio")
-
-
-def _policy_loss(case: Case) -> Function:
-    def run(
-        new_logprobs: torch.Tensor,
-        logprobs: torch.Tensor,
-        advantages: torch.Tensor,
-        mask: torch.Tensor,
-    ) -> Tensors:
-        loss, metrics = fk.policy_loss(
-            new_logprobs, logprobs, advantages, mask, clip_range=CLIP_RANGE
-        )
-        return (loss, *(metrics[name] for name in _POLICY_METRICS if case.with_metrics))
-
-    return run
-
-
-def _ppo_loss(case: Case) -> Function:
-    def run(
-        new_logprobs: torch.Tensor,
-        new_values: torch.Tensor,
-        logprobs: torch.Tensor,
-        advantages: torch.Tensor,
-        values: torch.Tensor,
-        returns: torch.Tensor,
-        mask: torch.Tensor,
-    ) -> Tensors:
-        loss, metrics = fk.ppo_loss(
-            new_logprobs,
-            logprobs,
-            advantages,
-            new_values,
-            values,
-            returns,
-            mask,
-            vf_coef=token_problems.VF_COEF,
-            clip_range=CLIP_RANGE,
-            value_clip_range=CLIP_RANGE,
-        )
-        names = (*_POLICY_METRICS, "value/clipfrac")
-        return (loss, *(metrics[name] for name in names if case.with_metrics))
-
-    return run
-
-
-def _pairwise_loss(case: Case) -> Function:
-    return lambda chosen, rejected: (fk.pairwise_loss(chosen, rejected)[0],)
-
-
 def _sample_tokens(case: Case) -> Function:
     return lambda logits, _: fk.sample_tokens(
         logits, temperature=case.temperature, top_p=case.top_p, seed=0
@@ -231,15 +84,6 @@ _LAYER = {
     "cpu": Sizes(num_rows=2048, hidden_size=2048),
     "cuda": Sizes(num_rows=8192, hidden_size=4096),
 }
-_TOKENS = Sizes(num_sequences=512, num_slots=1024)
-_ON_TOKENS: dict[str, Any] = {
-    "defaults": {"cpu": _TOKENS, "cuda": _TOKENS},
-    "dtypes": {
-        "cpu": "fp32",
-        "cuda": "fp32",
-    },  # trainers keep what is one number a token in float32
-}
-
 OPS: dict[str, Op] = {
     "token_logprobs": Op(
         problem=logprobs_problem,
@@ -288,90 +132,7 @@ OPS: dict[str, Op] = {
         options={"with_entropy": False},
         passes=("forward_backward",),
     ),
-    "gae": Op(
-        problem=token_problems.gae_problem,
-        cost=token_problems.gae_cost,
-        ours=_gae,
-        rivals={
-            BASELINE: token_rivals.gae_loop,
-            "torch-scan": token_rivals.gae_scan,
-            "torch-compile": token_rivals.compiled(token_rivals.gae_scan),
-        },
-        passes=("forward",),
-        has_gradient=False,
-        **_ON_TOKENS,
-    ),
-    "rewards_to_advantages": Op(
-        problem=token_problems.advantages_problem,
-        cost=token_problems.advantages_cost,
-        ours=_rewards_to_advantages,
-        rivals={
-            BASELINE: token_rivals.advantages_loop,
-            "torch-scan": token_rivals.advantages_scan,
-            "torch-compile": token_rivals.compiled(token_rivals.advantages_scan),
-        },
-        passes=("forward",),
-        has_gradient=False,
-        **_ON_TOKENS,
-    ),
-    "masked_whiten": Op(
-        problem=token_problems.whiten_problem,
-        cost=token_problems.whiten_cost,
-        ours=_masked_whiten,
-        rivals={
-            BASELINE: token_rivals.whiten_eager,
-            "torch-compile": token_rivals.compiled(token_rivals.whiten_eager),
-        },
-        passes=("forward",),
-        has_gradient=False,
-        **_ON_TOKENS,
-    ),
-    "kl_penalty": Op(
-        problem=token_problems.kl_problem,
-        cost=token_problems.kl_cost,
-        ours=_kl_penalty,
-        rivals={
-            BASELINE: token_rivals.kl_eager,
-            "torch-compile": token_rivals.compiled(token_rivals.kl_eager),
-        },
-        **_ON_TOKENS,
-    ),
-    "policy_loss": Op(
-        problem=token_problems.policy_loss_problem,
-        cost=token_problems.policy_loss_cost,
-        ours=_policy_loss,
-        rivals={
-            BASELINE: token_rivals.policy_eager,
-            "torch-compile": token_rivals.compiled(token_rivals.policy_eager),
-        },
-        passes=("forward_backward",),
-        options={"with_metrics": False},
-        **_ON_TOKENS,
-    ),
-    "ppo_loss": Op(
-        problem=token_problems.ppo_problem,
-        cost=token_problems.ppo_cost,
-        ours=_ppo_loss,
-        rivals={
-            BASELINE: token_rivals.ppo_eager,
-            "torch-compile": token_rivals.compiled(token_rivals.ppo_eager),
-        },
-        passes=("forward_backward",),
-        options={"with_metrics": False},
-        **_ON_TOKENS,
-    ),
-    "pairwise_loss": Op(
-        problem=token_problems.pairwise_problem,
-        cost=token_problems.pairwise_cost,
-        ours=_pairwise_loss,
-        rivals={
-            BASELINE: token_rivals.pairwise_eager,
-            "torch-compile": token_rivals.compiled(token_rivals.pairwise_eager),
-        },
-        defaults={"cpu": Sizes(num_rows=512), "cuda": Sizes(num_rows=512)},
-        dtypes={"cpu": "fp32", "cuda": "fp32"},
-        passes=("forward_backward",),
-    ),
+    **TOKEN_OPS,
     "sample_tokens": Op(
         problem=sampling.sampling_problem,
         cost=rows_cost,  # one read of the logits

@@ -11,7 +11,8 @@ from fuserl.bench import report
 from fuserl.bench.case import PASSES, Case
 from fuserl.bench.checking import Call, bound_for, measure_error
 from fuserl.bench.memory import peak_extra_bytes, why_not_measured
-from fuserl.bench.ops import BASELINE, Op, Provider, Sizes, find_op, providers
+from fuserl.bench.op import BASELINE, Op, Provider, Sizes
+from fuserl.bench.ops import find_op, providers
 from fuserl.bench.output import WrongAnswer, write_json
 from fuserl.bench.problem import Problem
 from fuserl.bench.report import CaseReport, Result

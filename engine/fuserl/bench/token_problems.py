@@ -45,6 +45,15 @@ class _Draw:
         shift = torch.where(far.abs() > 1, far.sign() * 2.5, near.clamp(-1, 1) * 0.4)
         return (around.float() + clip_range * shift).to(around.dtype)
 
+    def values(self) -> Tensors:
+        """New values, old ones and returns, [B, T]: returns are so far from the values that
+        clipping never moves a value across its return, where the gradient would jump."""
+        old = self.slots()
+        new = self.off_the_clip(old, CLIP_RANGE)
+        distance = self.slots().float()
+        returns = old.float() + distance.sign() * (1 + distance.abs())
+        return new, old, returns.to(self._case.torch_dtype)
+
     def mask(self) -> torch.Tensor:
         """bool [B, T], the lengths in random order."""
         lengths = torch.tensor(self._case.lengths, device=self._case.device)
@@ -78,19 +87,22 @@ def gae_cost(case: Case) -> Cost:
 
 
 def _exact_gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> Tensors:
-    """Float64: A_t = sum over s >= t of (gamma lambda)^(s - t) delta_s, as one product by blocks
-    of t, and A_t + v_t."""
+    """Float64: A_t = sum over s >= t of (gamma lambda)^(s - t) delta_s, and A_t + v_t."""
     rewards, values = torch.where(mask, rewards, 0), torch.where(mask, values, 0)
     following = torch.nn.functional.pad(values[:, 1:], (0, 1))
-    deltas = rewards + GAMMA * following - values
-    slots = torch.arange(mask.shape[1], device=mask.device, dtype=torch.float64)
+    sums = _decayed_sums(rewards + GAMMA * following - values, GAMMA * GAE_LAMBDA)
+    advantages = torch.where(mask, sums, 0)
+    return advantages, torch.where(mask, advantages + values, 0)
+
+
+def _decayed_sums(x: torch.Tensor, decay: float) -> torch.Tensor:
+    """Float64 [B, T]: sum over s >= t of decay^(s - t) x_s, as one product by blocks of t."""
+    slots = torch.arange(x.shape[1], device=x.device, dtype=torch.float64)
     blocks = []
     for block in slots.split(_ROW_BLOCK):
         ahead = slots[:, None] - block
-        decay = torch.where(ahead >= 0, (GAMMA * GAE_LAMBDA) ** ahead.clamp(min=0), 0)
-        blocks.append(deltas @ decay)
-    advantages = torch.where(mask, torch.cat(blocks, 1), 0)
-    return advantages, torch.where(mask, advantages + values, 0)
+        blocks.append(x @ torch.where(ahead >= 0, decay ** ahead.clamp(min=0), 0))
+    return torch.cat(blocks, 1)
 
 
 # --- rewards_to_advantages
@@ -120,7 +132,58 @@ def advantages_cost(case: Case) -> Cost:
     return Cost(scores + _token_bytes(case, 3, 4, _OUT_BYTES), 0)
 
 
-# --- masked_whiten
+# --- discounted_returns
+
+
+def returns_problem(case: Case, seed: int = 0) -> Problem:
+    """inputs: rewards, loss_mask; output: the discounted reward to go."""
+    draw = _Draw(case, seed)
+    rewards, mask = draw.slots(0.2), draw.mask()
+    returns = _decayed_sums(torch.where(mask, rewards.double(), 0), GAMMA)
+    return Problem(case, (rewards, mask), 0, (), Truth((torch.where(mask, returns, 0),)))
+
+
+def returns_cost(case: Case) -> Cost:
+    """Rewards and returns."""
+    return Cost(_token_bytes(case, 1, 1, _OUT_BYTES), 0)
+
+
+# --- shape_rewards
+
+
+def shaping_problem(case: Case, seed: int = 0) -> Problem:
+    """inputs: scores [B], logprobs, ref_logprobs, loss_mask; outputs: rewards, kl (k1)."""
+    problem = advantages_problem(case, seed)
+    scores, logprobs, ref_logprobs, _, mask = problem.inputs
+    assert isinstance(problem.truth, Truth)
+    _, _, rewards, kl = problem.truth.outputs
+    inputs = (scores, logprobs, ref_logprobs, mask)
+    return Problem(case, inputs, 0, (), Truth((rewards, kl)))
+
+
+def shaping_cost(case: Case) -> Cost:
+    """logprobs, ref_logprobs, a score a sequence; rewards and kl."""
+    scores = case.num_sequences * case.torch_dtype.itemsize
+    return Cost(scores + _token_bytes(case, 2, 2, _OUT_BYTES), 0)
+
+
+# --- masked_moments and masked_whiten
+
+
+def moments_problem(case: Case, seed: int = 0) -> Problem:
+    """inputs: x, mask; output [3]: under the mask the number, the mean, and the sum of squared
+    deviations from it over that number (a sum of so many is no measure of an error)."""
+    draw = _Draw(case, seed)
+    x, mask = draw.slots(3.0, 1.0), draw.mask()
+    kept = x.double()[mask]
+    number = torch.tensor(float(len(kept)), dtype=torch.float64, device=x.device)
+    moments = torch.stack((number, kept.mean(), kept.var(unbiased=False)))
+    return Problem(case, (x, mask), 0, (), Truth((moments,)))
+
+
+def moments_cost(case: Case) -> Cost:
+    """x, at trained tokens."""
+    return Cost(_token_bytes(case, 1, 0, _OUT_BYTES), 0)
 
 
 def whiten_problem(case: Case, seed: int = 0) -> Problem:
@@ -166,7 +229,7 @@ def kl_cost(case: Case) -> Cost:
     return Cost(forward + case.backward * num_slots * (4 * size + _OUT_BYTES), 0)
 
 
-# --- policy_loss and ppo_loss
+# --- policy_loss, value_loss and ppo_loss
 
 
 def policy_loss_problem(case: Case, seed: int = 0) -> Problem:
@@ -188,35 +251,36 @@ def policy_loss_cost(case: Case) -> Cost:
     return Cost(_token_bytes(case, 3, int(case.backward), case.torch_dtype.itemsize), 0)
 
 
+def value_loss_problem(case: Case, seed: int = 0) -> Problem:
+    """inputs: new_values, values, returns, loss_mask; output: the clipped loss."""
+    draw = _Draw(case, seed)
+    (new_values, values, returns), mask = draw.values(), draw.mask()
+    loss, slope, _ = _exact_value(new_values, values, returns, mask)
+    one = torch.ones((), device=case.device)
+    return _with_gradients(case, (new_values,), (values, returns, mask), one, (loss,), (slope,))
+
+
+def value_loss_cost(case: Case) -> Cost:
+    """Three inputs, and the gradient of new_values in their dtype."""
+    return policy_loss_cost(case)
+
+
 def ppo_problem(case: Case, seed: int = 0) -> Problem:
     """inputs: new_logprobs, new_values, logprobs, advantages, values, returns, loss_mask; outputs:
     policy + VF_COEF * value loss, and with metrics those of policy_loss_problem and the fraction
-    of clipped values.
-
-    Returns are so far from the values that clipping never moves a value across its return, where
-    the gradient would jump.
-    """
+    of clipped values."""
     draw = _Draw(case, seed)
     logprobs, advantages, mask = draw.slots(1.0, -2.0), draw.slots(), draw.mask()
     new_logprobs = draw.off_the_clip(logprobs, CLIP_RANGE)
-    values = draw.slots()
-    new_values = draw.off_the_clip(values, CLIP_RANGE)
-    distance = draw.slots().float()
-    returns = (values.float() + distance.sign() * (1 + distance.abs())).to(case.torch_dtype)
+    new_values, values, returns = draw.values()
     (policy, *metrics), slope = _exact_policy(new_logprobs, logprobs, advantages, mask)
-    new, old, target = new_values.double(), values.double(), returns.double()
-    error = new - target
-    clipped_error = torch.maximum(torch.minimum(new, old + CLIP_RANGE), old - CLIP_RANGE) - target
-    clipped = mask & (clipped_error.square() > error.square())
-    squares = torch.maximum(error.square(), clipped_error.square())
-    value_loss = squares[mask].mean() / 2
-    value_slope = VF_COEF * torch.where(mask & ~clipped, error, 0) / mask.sum()
-    metrics.append(clipped[mask].double().mean())
+    value_loss, value_slope, clipped = _exact_value(new_values, values, returns, mask)
+    metrics.append(clipped)
     outputs = (policy + VF_COEF * value_loss, *(metrics if case.with_metrics else ()))
     one = torch.ones((), device=case.device)
     rest = (logprobs, advantages, values, returns, mask)
     return _with_gradients(
-        case, (new_logprobs, new_values), rest, one, outputs, (slope, value_slope)
+        case, (new_logprobs, new_values), rest, one, outputs, (slope, VF_COEF * value_slope)
     )
 
 
@@ -244,6 +308,19 @@ def _exact_policy(
         ratio[mask].mean(),
     )
     return outputs, torch.where(mask & ~clipped, -ratio * advantages, 0) / mask.sum()
+
+
+def _exact_value(
+    new_values: torch.Tensor, values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss, the gradient of new_values, and the clipped fraction."""
+    new, old, target = new_values.double(), values.double(), returns.double()
+    error = new - target
+    clipped_error = torch.maximum(torch.minimum(new, old + CLIP_RANGE), old - CLIP_RANGE) - target
+    clipped = mask & (clipped_error.square() > error.square())
+    squares = torch.maximum(error.square(), clipped_error.square())
+    slope = torch.where(mask & ~clipped, error, 0) / mask.sum()
+    return squares[mask].mean() / 2, slope, clipped[mask].double().mean()
 
 
 # --- pairwise_loss

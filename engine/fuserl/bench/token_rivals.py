@@ -4,6 +4,8 @@ No library can be imported for these: TRL, OpenRLHF and verl keep them inside th
 compute in float32 (float64 for float64); arguments and results are those of token_problems.py.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -48,16 +50,21 @@ def _loop_gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -
 
 
 def _scan_gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> Tensors:
-    """A doubling scan: after step k each slot holds the sum over the 2^k slots from it on. With
-    padding on the right only, zeros there stand for the mask and one decay serves all slots."""
-    states = rewards + GAMMA * F.pad(values[:, 1:], (0, 1)) - values
-    distance, num_slots = 1, states.shape[1]
-    while distance < num_slots:
-        ahead = F.pad(states[:, distance:], (0, distance))
-        states = torch.add(states, ahead, alpha=(GAMMA * GAE_LAMBDA) ** distance)
-        distance *= 2
+    """With padding on the right only, zeros there stand for the mask and one decay serves all
+    slots."""
+    deltas = rewards + GAMMA * F.pad(values[:, 1:], (0, 1)) - values
+    states = _decayed_sums(deltas, GAMMA * GAE_LAMBDA)
     returns = states + values
     return states.masked_fill(~mask, 0), returns.masked_fill(~mask, 0)
+
+
+def _decayed_sums(x: torch.Tensor, decay: float) -> torch.Tensor:
+    """A doubling scan: after step k each slot holds the sum over the 2^k slots from it on."""
+    distance, num_slots = 1, x.shape[1]
+    while distance < num_slots:
+        x = torch.add(x, F.pad(x[:, distance:], (0, distance)), alpha=decay**distance)
+        distance *= 2
+    return x
 
 
 def _gae(walk: Function) -> Make:
@@ -82,15 +89,28 @@ def _advantages(walk: Function) -> Make:
         values: torch.Tensor,
         mask: torch.Tensor,
     ) -> Tensors:
-        scores, logprobs, ref_logprobs, values = _wide(scores, logprobs, ref_logprobs, values)
-        kl = (logprobs - ref_logprobs).masked_fill(~mask, 0)
-        rewards = -REWARD_KL_COEF * kl
-        last = mask.sum(1) - 1
-        rewards[torch.arange(len(scores), device=scores.device), last] += scores
+        rewards, kl = _shaped(scores, logprobs, ref_logprobs, mask)
+        (values,) = _wide(values)
         advantages, returns = walk(rewards, values.masked_fill(~mask, 0), mask)
         return _white(advantages, mask), returns, rewards, kl
 
     return lambda case: run
+
+
+def _shaped(
+    scores: torch.Tensor, logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor
+) -> Tensors:
+    """Rewards and the KL penalty."""
+    scores, logprobs, ref_logprobs = _wide(scores, logprobs, ref_logprobs)
+    kl = (logprobs - ref_logprobs).masked_fill(~mask, 0)
+    rewards = -REWARD_KL_COEF * kl
+    last = mask.sum(1) - 1
+    rewards[torch.arange(len(scores), device=scores.device), last] += scores
+    return rewards, kl
+
+
+def shaping_eager(case: Case) -> Function:
+    return _shaped
 
 
 advantages_loop, advantages_scan = _advantages(_loop_gae), _advantages(_scan_gae)
@@ -110,6 +130,39 @@ def _white(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def whiten_eager(case: Case) -> Function:
     return lambda x, mask: (_white(_wide(x)[0], mask),)
+
+
+def moments_eager(case: Case) -> Function:
+    def run(x: torch.Tensor, mask: torch.Tensor) -> Tensors:
+        (x,) = _wide(x)
+        mean = _masked_mean(x, mask)
+        return (torch.stack((mask.sum(), mean, _masked_mean((x - mean).square(), mask))),)
+
+    return run
+
+
+# --- discounted_returns
+
+
+def _loop_returns(rewards: torch.Tensor) -> torch.Tensor:
+    following: float | torch.Tensor = 0.0
+    reversed_columns = []
+    for column in reversed(rewards.unbind(1)):
+        following = column + GAMMA * following
+        reversed_columns.append(following)
+    return torch.stack(reversed_columns[::-1], dim=1)
+
+
+def _returns(walk: Callable[[torch.Tensor], torch.Tensor]) -> Make:
+    def run(rewards: torch.Tensor, mask: torch.Tensor) -> Tensors:
+        (rewards,) = _wide(rewards)
+        return (walk(rewards.masked_fill(~mask, 0)).masked_fill(~mask, 0),)
+
+    return lambda case: run
+
+
+returns_loop = _returns(_loop_returns)
+returns_scan = _returns(lambda rewards: _decayed_sums(rewards, GAMMA))
 
 
 # --- kl_penalty and the losses
@@ -161,6 +214,20 @@ def policy_eager(case: Case) -> Function:
     return run
 
 
+def _value(
+    new_values: torch.Tensor, values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor
+) -> Tensors:
+    """The loss, and the squared errors without and with the clip."""
+    new_values, values, returns = _wide(new_values, values, returns)
+    bounded = torch.clamp(new_values, values - CLIP_RANGE, values + CLIP_RANGE)
+    unclipped, clipped = (new_values - returns).square(), (bounded - returns).square()
+    return 0.5 * _masked_mean(torch.max(unclipped, clipped), mask), unclipped, clipped
+
+
+def value_eager(case: Case) -> Function:
+    return lambda *arguments: _value(*arguments)[:1]
+
+
 def ppo_eager(case: Case) -> Function:
     def run(
         new_logprobs: torch.Tensor,
@@ -171,10 +238,7 @@ def ppo_eager(case: Case) -> Function:
         returns: torch.Tensor,
         mask: torch.Tensor,
     ) -> Tensors:
-        new_values, values, returns = _wide(new_values, values, returns)
-        bounded = torch.clamp(new_values, values - CLIP_RANGE, values + CLIP_RANGE)
-        unclipped, clipped = (new_values - returns).square(), (bounded - returns).square()
-        value_loss = 0.5 * _masked_mean(torch.max(unclipped, clipped), mask)
+        value_loss, unclipped, clipped = _value(new_values, values, returns, mask)
         wide = _wide(new_logprobs, logprobs, advantages)
         policy, *metrics = _policy(*wide, mask=mask, with_metrics=case.with_metrics)
         if case.with_metrics:
