@@ -16,7 +16,7 @@ from fuserl.stages.rl_metrics import PHASES, Clock
 
 WHOLE = "step"
 UNITS = """\
-ms: of the phase, with several steps median [quartiles]. tokens/s: of the completions. TFLOP:
+ms: of the phase, with several steps median [quartiles]. tokens/s: of the completions. FLOP:
 products and attention as model/flops.py counts them, without what activation checkpointing computes
 again. limit: the time below which no implementation gets (bench/phase_costs.py), and its share of
 the time taken; a model that stays in the processor's cache can pass 100 %. MFU: flops over time and
@@ -55,6 +55,7 @@ class PhaseResult:
     num_flops: int | None
     """None where they are not known."""
     limit_seconds: float | None
+    """None where it is not known: a Python function's time is its own."""
     peak_bytes: int | None
     seconds: list[float] = field(default_factory=list)
 
@@ -104,7 +105,7 @@ def phase_results(
                 phase,
                 num_tokens,
                 None if parts is None else sum(cost.num_flops for cost in parts),
-                None if parts is None else sum(map(ceilings.floor_ms, parts)) / 1e3,
+                sum(map(ceilings.floor_ms, parts)) / 1e3 if parts else None,
                 peaks.get(phase),
                 [step[phase] for step in steps],
             )
@@ -122,7 +123,7 @@ def phase_results(
 
 def phase_table(results: Sequence[PhaseResult], ceilings: Ceilings) -> str:
     """In Markdown."""
-    heads = ("phase", "ms", "tokens/s", "TFLOP", "limit ms", "limit", "MFU", "peak GB")
+    heads = ("phase", "ms", "tokens/s", "FLOP", "limit ms", "limit", "MFU", "peak GB")
     lines = [table_row(*heads), table_row(":--", *["--:"] * (len(heads) - 1))]
     for result in results:
         low, median, high = (as_milliseconds(1e3 * s) for s in quartiles(result.seconds))
@@ -134,11 +135,23 @@ def phase_table(results: Sequence[PhaseResult], ceilings: Ceilings) -> str:
                 result.name,
                 f"{median}{spread}",
                 f"{result.tokens_per_second:,.0f}",
-                "-" if flops is None else f"{flops / 1e12:.4g}",
+                _with_prefix(flops) if flops else "-",
                 "-" if limit is None else as_milliseconds(1e3 * limit),
-                "-" if share is None else f"{share:.1%}",
-                "-" if mfu is None else f"{mfu:.1%}",
+                "-" if share is None else _percent(share),
+                _percent(mfu) if mfu else "-",
                 "-" if peak is None else f"{peak / 1e9:.2f}",
             )
         )
     return "\n".join(lines)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def _with_prefix(value: float) -> str:
+    """Four digits, as in 12.34T."""
+    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.4g}{prefix}"
+    return f"{value:.4g}"
