@@ -21,6 +21,7 @@ ones are left.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import resource
@@ -42,12 +43,10 @@ from fuserl.data.examples import Prompt
 from fuserl.optimizer import Optimizer
 from fuserl.policy import load_policy
 from fuserl.rewards import Reward
-from fuserl.rollout.collect import rollout
-from fuserl.scoring import score
-from fuserl.shaping import shape
+from fuserl.stages.rl_metrics import Clock
 from fuserl.stages.rl_models import open_models
+from fuserl.stages.rl_step import Learner, experience, learn
 from fuserl.stages.trainable import make_trainable
-from fuserl.update import update
 
 NUM_SEQUENCES, PROMPT_LENGTH, NUM_NEW_TOKENS = 64, 32, 64
 NUM_SAMPLES = {"ppo": 1, "grpo": 8}
@@ -97,52 +96,41 @@ class Trainer:
     def __init__(self, args: argparse.Namespace) -> None:
         self.config = config = config_of(args)
         self._prompts = read_prompts(args.prompts)
-        self._policy = load_policy(args.model, dtype=torch.float32, device="cpu")
-        make_trainable(self._policy.model, config)
+        policy = load_policy(args.model, dtype=torch.float32, device="cpu")
+        make_trainable(policy.model, config)
         source = share_of_e if args.algorithm == "grpo" else args.reward_model
-        self._models = open_models(config, source, self._policy)
-        modules: dict[str, nn.Module] = {"policy": self._policy.model}
-        if self._models.critic is not None:
-            modules["critic"] = self._models.critic
-        self._optimizer = Optimizer(modules, config, total_steps=config.steps * config.passes)
-        self._reward = TimedReward(self._models.reward)
+        models = open_models(config, source, policy)
+        modules: dict[str, nn.Module] = {"policy": policy.model}
+        if models.critic is not None:
+            modules["critic"] = models.critic
+        self._reward = TimedReward(models.reward)
+        self.learner = Learner(
+            policy=policy.model,
+            models=dataclasses.replace(models, reward=self._reward),
+            optimizer=Optimizer(modules, config, total_steps=config.steps * config.passes),
+            config=config,
+        )
 
     def step(self, number: int) -> dict[str, float]:
         """Train on one rollout. Returns seconds by phase, and what the scores were."""
-        config, policy, reward = self.config, self._policy.model, self._reward
-        prompts = self._chosen(number)
-        reward.seconds = 0.0
+        prompts, clock = self._chosen(number), Clock()
+        self._reward.seconds = 0.0
         before = Reading.now()
-        sampled = rollout(
-            policy, prompts, config, eos_token_ids=(), step=number, on_step=lambda: None
-        )
-        generated = time.perf_counter()
-        scored = score(
-            sampled,
-            prompts,
-            reward=reward,
-            reference=self._models.reference,
-            critic=self._models.critic,
-            temperature=config.temperature,
-            microbatch_size=config.microbatch_size,
-        )
-        scored_at = time.perf_counter()
-        shaped = shape(scored, config)
-        shaped_at = time.perf_counter()
-        learned = update(policy, self._models.critic, self._optimizer, shaped, config, seed=number)
+        shaped = experience(self.learner, prompts, step=number, clock=clock)
+        learned = learn(self.learner, shaped, step=number, clock=clock)
         after = Reading.now()
-        if sampled.completion_lengths.tolist() != [NUM_NEW_TOKENS] * NUM_SEQUENCES:
+        if shaped.completion_lengths.tolist() != [NUM_NEW_TOKENS] * NUM_SEQUENCES:
             raise ValueError("the rollout gave other lengths than were asked for")
         total, own = after.wall - before.wall, after.own - before.own
         return {
             "total": total,
             "cpu": own,
             "foreign": max(0.0, after.all - before.all - own) / total,
-            "gen": generated - before.wall,
-            "score": scored_at - generated,
-            "reward": reward.seconds,
-            "shape": shaped_at - scored_at,
-            "update": after.wall - shaped_at,
+            "gen": clock.seconds["rollout"],
+            "score": clock.seconds["score"],
+            "reward": self._reward.seconds,
+            "shape": clock.seconds["shape"],
+            "update": clock.seconds["update"],
             "mean_score": float(shaped.scores.mean()),
             "first_ratio": float(learned["first/val/ratio"]),
         }

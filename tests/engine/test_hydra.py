@@ -15,7 +15,7 @@ from fuserl.batch import RolloutBatch, ShapedBatch
 from fuserl.config import RLConfig
 from fuserl.data.examples import Prompt
 from fuserl.model.config import DecoderConfig, Rope
-from fuserl.model.flops import Pass, layers_flops, step_flops
+from fuserl.model.flops import Lengths, Pass, layers_flops, step_flops
 from fuserl.model.freezing import freeze_lowest
 from fuserl.model.heads import Critic, LanguageModel, ScalarModel, SharedCritic
 from fuserl.model.hydra import critic_on, frozen_copy, share_trunk
@@ -380,14 +380,9 @@ def test_what_a_hydra_saves() -> None:
     config = dataclasses.replace(LLAMA, vocab_size=1)  # the head's share is next to nothing
 
     def saved_share(from_kept: bool, num_epochs: int) -> float:
-        passes = [Pass(config, 2, from_kept)] * 2
+        passes = [Pass(config=config, head="vocabulary", depth=2, from_kept=from_kept)] * 2
         flops = step_flops(
-            [64] * 8,
-            [1] * 8,
-            scored=passes,
-            updated=passes,
-            num_epochs=num_epochs,
-            head_trains=True,
+            Lengths([63] * 8, [1] * 8), scored=passes, updated=passes, num_epochs=num_epochs
         )
         return flops.saved_share
 

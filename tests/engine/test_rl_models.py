@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import fuserl.stages.rl as rl_stage
+import fuserl.stages.rl_step as rl_step
 from fuserl.config import RLConfig
 from fuserl.interrupt import Interrupted
 from fuserl.metrics import read_metrics
@@ -86,7 +86,7 @@ def test_stop_and_resume_is_the_same_run(
 ) -> None:
     """Stopped in the middle of the second rollout."""
     whole = train(out=tmp_path / "whole", **choice)
-    rollout, calls = rl_stage.rollout, []
+    rollout, calls = rl_step.rollout, []
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         calls.append(None)
@@ -95,7 +95,7 @@ def test_stop_and_resume_is_the_same_run(
         return rollout(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rl_stage, "rollout", interrupted)
+        patch.setattr(rl_step, "rollout", interrupted)
         with pytest.raises(Interrupted, match="after step 1 of 3"):
             train(out=tmp_path / "cut", **choice)
     again = train(out=tmp_path / "cut", resume=True, **choice)

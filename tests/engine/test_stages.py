@@ -18,10 +18,10 @@ from packed import run_one
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import fuserl.stages.rl as rl_stage
+import fuserl.stages.rl_step as rl_step
 from fuserl.batch import RolloutBatch
 from fuserl.checkpoint import digest
-from fuserl.config import QuickstartConfig
+from fuserl.config import QuickstartConfig, RLConfig
 from fuserl.data.examples import Ranking
 from fuserl.interrupt import EXIT_CODE, Interrupted, InterruptFlag
 from fuserl.metrics import read_metrics
@@ -35,6 +35,7 @@ from fuserl.rollout import engine
 from fuserl.rollout.collect import choose_prompts
 from fuserl.stages.reward import PairwiseLoss, RewardTrainer
 from fuserl.stages.rl import RLTrainer
+from fuserl.stages.rl_opening import open_prompts
 from fuserl.stages.sft import SFTTrainer
 
 Rows = list[dict[str, Any]]
@@ -219,7 +220,7 @@ def test_the_reference_does_not_move(
 ) -> None:
     """Over a run, a stop and a resume."""
     seen: list[tuple[str, str]] = []
-    real_score = rl_stage.score
+    real_score = rl_step.score
 
     def watched(batch: RolloutBatch, prompts: Any, **options: Any) -> RolloutBatch:
         reference = options["reference"]
@@ -227,7 +228,7 @@ def test_the_reference_does_not_move(
         seen.append(digest(reference))  # type: ignore[arg-type]
         return real_score(batch, prompts, **options)
 
-    monkeypatch.setattr(rl_stage, "score", watched)
+    monkeypatch.setattr(rl_step, "score", watched)
     with interrupted_at(12):
         stages["rl"](out=tmp_path)
     stages["rl"](out=tmp_path, resume=True)
@@ -239,14 +240,14 @@ def test_the_judge_is_not_trained_though_the_critic_starts_from_it(
     stages: dict[str, Stage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judges, critics = [], []
-    real_score = rl_stage.score
+    real_score = rl_step.score
 
     def watched(batch: RolloutBatch, prompts: Any, **options: Any) -> RolloutBatch:
         judges.append(digest(options["reward"].model))
         critics.append(digest(options["critic"]))
         return real_score(batch, prompts, **options)
 
-    monkeypatch.setattr(rl_stage, "score", watched)
+    monkeypatch.setattr(rl_step, "score", watched)
     stages["rl"](out=tmp_path)
     assert judges == [judges[0]] * 3
     assert critics[0] == judges[0]
@@ -259,7 +260,7 @@ def test_each_step_draws_anew(
     """The same prompts and (nearly) the same weights: other completions, another row order."""
     drawn: list[list[list[int]]] = []
     seeds: list[int] = []
-    real_update = rl_stage.update
+    real_update = rl_step.update
 
     def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
         drawn.append(completion_ids)
@@ -269,7 +270,7 @@ def test_each_step_draws_anew(
         seeds.append(seed)
         return real_update(*arguments, seed=seed)
 
-    monkeypatch.setattr(rl_stage, "update", watched)
+    monkeypatch.setattr(rl_step, "update", watched)
     data = [{"prompt": "red dog"}]
     stages["rl"](out=tmp_path, data=data, reward=reward, learning_rate=1e-9, batch_size=2)
     completions = [tuple(row) for rollout in drawn for row in rollout]
@@ -388,14 +389,14 @@ def test_every_stage_starts_from_every_folder(
 def first_critic(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
     """The critic's weights at the first scoring."""
     seen: list[dict[str, Tensor]] = []
-    real_score = rl_stage.score
+    real_score = rl_step.score
 
     def watched(batch: RolloutBatch, prompts: Any, **options: Any) -> RolloutBatch:
         if not seen:
             seen.append({k: v.clone() for k, v in options["critic"].state_dict().items()})
         return real_score(batch, prompts, **options)
 
-    monkeypatch.setattr(rl_stage, "score", watched)
+    monkeypatch.setattr(rl_step, "score", watched)
     return seen
 
 
@@ -765,11 +766,10 @@ def test_every_sequence_left_out_changes_no_weight(
 def test_prompts_are_drawn_by_seed_and_step(
     policy_folder: Path, rows: Rows, tmp_path: Path
 ) -> None:
-    trainer = RLTrainer(
-        policy_folder, data=rows, reward=brevity, out=tmp_path, batch_size=8, num_samples=2
+    config = RLConfig(
+        model=str(policy_folder), data="rows", out=str(tmp_path), batch_size=8, num_samples=2
     )
-    prompts = trainer._prompts(load_policy(policy_folder))
-    config = trainer.config
+    prompts = open_prompts(config, rows, load_policy(policy_folder))
 
     def drawn(step: int, seed: int = 0) -> list[int]:
         chosen = choose_prompts(prompts, dataclasses.replace(config, seed=seed), step)

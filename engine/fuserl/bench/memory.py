@@ -31,25 +31,37 @@ def why_not_measured(device: str) -> str | None:
 def peak_extra_bytes(device: str, run: Callable[[], object]) -> int:
     """The most memory in use during run() beyond what was in use before it; its result counts.
 
-    On the CPU what earlier calls left in the allocator is given back first, so that it is counted
-    when it is used again. Needs why_not_measured(device) to be None.
+    Needs why_not_measured(device) to be None.
     """
     gc.collect()
+    before = reset_peak(device)
+    result = run()
+    peak = peak_bytes(device)
+    del result
+    return max(0, peak - before)
+
+
+def reset_peak(device: str) -> int:
+    """Watch for the most memory in use from here on. Returns what is in use now.
+
+    On the CPU what earlier calls left in the allocator is given back first, so that it is counted
+    when it is used again (which takes time). Needs why_not_measured(device) to be None.
+    """
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = run()
+        return torch.cuda.memory_allocated()
+    _trim()
+    _CLEAR.write_text(_RESET_PEAK)
+    return _resident_bytes("VmRSS")
+
+
+def peak_bytes(device: str) -> int:
+    """The most memory in use since reset_peak."""
+    if device == "cuda":
         torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        _trim()
-        _CLEAR.write_text(_RESET_PEAK)
-        before = _resident_bytes("VmRSS")
-        result = run()
-        peak = _resident_bytes("VmHWM")
-    del result
-    return max(0, peak - before)
+        return torch.cuda.max_memory_allocated()
+    return _resident_bytes("VmHWM")
 
 
 def growth_bytes(device: str, run: Callable[[], object], num_calls: int) -> int:

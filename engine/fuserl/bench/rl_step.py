@@ -6,15 +6,13 @@ update. The two compute the same; that is checked before anything is timed.
 """
 
 import math
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fuserl.batch import ScoredBatch, ShapedBatch
+from fuserl.batch import ShapedBatch
 from fuserl.bench.case import DTYPES
 from fuserl.bench.memory import peak_extra_bytes, why_not_measured
 from fuserl.bench.output import WrongAnswer, models_of, refuse_other_options, run_cases
@@ -23,15 +21,14 @@ from fuserl.bench.training_problem import MODELS
 from fuserl.config import BenchConfig, RLConfig
 from fuserl.data.examples import Prompt
 from fuserl.device import default_device
-from fuserl.model.flops import Pass, step_flops
+from fuserl.model.flops import pass_of, step_flops, update_passes
 from fuserl.model.freezing import freeze_lowest
 from fuserl.model.heads import LanguageModel, ScalarModel
 from fuserl.model.hydra import critic_on, frozen_copy, share_trunk
 from fuserl.optimizer import Optimizer
-from fuserl.rollout.collect import rollout
-from fuserl.scoring import score
-from fuserl.shaping import shape
-from fuserl.update import update
+from fuserl.stages.rl_metrics import Clock, lengths_of
+from fuserl.stages.rl_models import RLModels
+from fuserl.stages.rl_step import Learner, experience, learn
 
 NAME = "rl_step"
 BASELINE = "naive"
@@ -107,79 +104,49 @@ class RLStep:
             self.reference = frozen_copy(self.policy)
             self.critic = critic_on(self.policy, 1)
             share_trunk(depth, self.policy.trunk, self.reference.trunk, self.critic.trunk)
-        self._modules = {"policy": self.policy, "critic": self.critic}
-        self._optimizer = Optimizer(self._modules, self.config, total_steps=1_000_000)
         self._prompts = make_prompts(case, sizes.vocab_size)
+        scores = torch.linspace(-1, 1, len(self._prompts), device=case.device)
+        modules = {"policy": self.policy, "critic": self.critic}
+        self._learner = Learner(
+            policy=self.policy,
+            models=RLModels(self.reference, lambda *_: scores, self.critic),
+            optimizer=Optimizer(modules, self.config, total_steps=1_000_000),
+            config=self.config,
+        )
         self.seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
-        from_kept = provider != BASELINE
-        self._passes = [Pass(sizes, depth, from_kept)] * 2
 
     def prepare(self) -> None:
         """Nothing is used up."""
 
     def run(self) -> ShapedBatch:
-        sampled = self._timed("rollout", self._rollout)
-        scored = self._timed("score", lambda: self._score(sampled))
-        shaped = shape(scored, self.config)
-        self._timed("update", lambda: self._update(shaped))
+        clock = Clock()
+        shaped = experience(self._learner, self._prompts, step=0, clock=clock)
+        learn(self._learner, shaped, step=0, clock=clock)
+        for phase, seconds in self.seconds.items():
+            seconds.append(clock.seconds[phase])
         return shaped
 
     def answer(self) -> ShapedBatch:
         """Everything but the update."""
-        return shape(self._score(self._rollout()), self.config)
+        return experience(self._learner, self._prompts, step=0, clock=Clock())
 
     @property
     def state_bytes(self) -> int:
         """Parameters, each once, and what the optimizer holds."""
         models = (self.policy, self.reference, self.critic)
         tensors: list[Tensor] = [p for model in models for p in model.parameters()]
-        tensors += self._optimizer.state().values()
+        tensors += self._learner.optimizer.state().values()
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
     def flops(self, batch: ShapedBatch) -> int:
         """Of score and update."""
         found = step_flops(
-            (batch.prompt_lengths + batch.completion_lengths).tolist(),
-            batch.completion_lengths.tolist(),
-            scored=self._passes,
-            updated=self._passes,
+            lengths_of(batch, self.config),
+            scored=[pass_of(self.reference), pass_of(self.critic)],
+            updated=update_passes(self.policy, self.critic),
             num_epochs=self.config.passes,
-            head_trains=self.policy.output_weight.requires_grad,
         )
         return found.hydra if self.policy.trunk.shared_layers else found.naive
-
-    def _timed(self, phase: str, run: Callable[[], Any]) -> Any:
-        began = time.perf_counter()
-        found = run()
-        if self.case.device == "cuda":
-            torch.cuda.synchronize()
-        self.seconds[phase].append(time.perf_counter() - began)
-        return found
-
-    def _rollout(self) -> Any:
-        return rollout(
-            self.policy,
-            self._prompts,
-            self.config,
-            eos_token_ids=(),
-            step=0,
-            on_step=lambda: None,
-        )
-
-    def _score(self, sampled: Any) -> ScoredBatch:
-        scores = torch.linspace(-1, 1, len(sampled), device=sampled.prompts.device)
-        return score(
-            sampled,
-            self._prompts,
-            reward=lambda *_: scores,
-            reference=self.reference,
-            critic=self.critic,
-            temperature=self.config.temperature,
-            microbatch_size=self.config.microbatch_size,
-        )
-
-    def _update(self, shaped: ShapedBatch) -> None:
-        update(self.policy, self.critic, self._optimizer, shaped, self.config, seed=0)
 
 
 def make_prompts(case: RLCase, vocab_size: int) -> list[Prompt]:

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from fuserl.batch import RolloutBatch, ShapedBatch
 from fuserl.config import RLConfig
 from fuserl.metrics import read_metrics
-from fuserl.model.decoder import Decoder
-from fuserl.model.flops import Pass, StepFlops, step_flops
-from fuserl.model.freezing import num_frozen
-from fuserl.model.heads import Critic, LanguageModel
+from fuserl.model.flops import Lengths, pass_of, step_flops, update_passes
+from fuserl.model.heads import LanguageModel
+from fuserl.stages.rl_models import RLModels
 
 
 def describe(batch: ShapedBatch) -> dict[str, Tensor]:
@@ -42,43 +42,20 @@ def describe(batch: ShapedBatch) -> dict[str, Tensor]:
 
 
 def hydra_savings(
-    policy: LanguageModel,
-    reference: LanguageModel | None,
-    critic: Critic | None,
-    batch: ShapedBatch,
-    config: RLConfig,
+    policy: LanguageModel, models: RLModels, batch: ShapedBatch, config: RLConfig
 ) -> dict[str, float]:
     """What starting from the kept stream spared this step; nothing for models that are none of a
     hydra. See model/flops.py for what is counted."""
     if batch.trunk_states is None:
         return {}
-
-    def a_pass(trunk: Decoder) -> Pass:
-        # All of a reference is frozen; where its own layers begin is where the policy's do.
-        own = policy.trunk if reference is not None and trunk is reference.trunk else trunk
-        return Pass(trunk.config, num_frozen(own), trunk.shared_layers > 0)
-
-    lengths = (batch.prompt_lengths + batch.completion_lengths).tolist()
-    completion_lengths = batch.completion_lengths.tolist()
-    critics = [] if critic is None else [critic]
     recomputing = policy if batch.rollout_logprobs is not None else None
-    scorers = [model for model in (reference, critic, recomputing) if model is not None]
+    scorers = [m for m in (models.reference, models.critic, recomputing) if m is not None]
     flops = step_flops(
-        lengths,
-        completion_lengths,
-        scored=[a_pass(model.trunk) for model in scorers],
-        updated=[
-            a_pass(policy.trunk),
-            *(a_pass(model.trunk) for model in critics if model.trunk is not policy.trunk),
-        ],
+        lengths_of(batch, config),
+        scored=[pass_of(model) for model in scorers],
+        updated=update_passes(policy, models.critic),
         num_epochs=config.passes,
-        head_trains=policy.output_weight.requires_grad,
     )
-    # That counts the reference's vocabulary head in scoring, whether or not there is one.
-    num_heads = sum(model is not None for model in (reference, recomputing))
-    head = 2 * policy.config.hidden_size * policy.config.vocab_size * sum(completion_lengths)
-    others = (num_heads - 1) * head
-    flops = StepFlops(flops.naive + others, flops.hydra + others)
     return {
         "hydra/flops_saved_share": flops.saved_share,
         "hydra/flops": flops.hydra,
@@ -87,30 +64,50 @@ def hydra_savings(
     }
 
 
+def lengths_of(batch: RolloutBatch, config: RLConfig) -> Lengths:
+    return Lengths(
+        batch.prompt_lengths.tolist(), batch.completion_lengths.tolist(), config.num_samples
+    )
+
+
+PHASES = ("rollout", "score", "recompute", "shape", "update")
+"""Of a step, in order; recompute is there only where old log-probabilities are recomputed."""
+
+
 class Clock:
-    """Seconds and tokens per second of each phase of a step."""
+    """Seconds and tokens per second of each phase of a step. In a profiler's trace a phase is a
+    range by the name of range_of."""
 
     def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+        self.phase = ""
+        """What runs, or was running when an error came up."""
 
     @contextmanager
     def lap(self, phase: str) -> Iterator[None]:
         """Time what is inside; work it queued on a GPU counts too."""
+        self.phase = phase
         began = time.perf_counter()
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self._seconds[phase] = time.perf_counter() - began
+        with record_function(range_of(phase)):
+            yield
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        self.seconds[phase] = time.perf_counter() - began
+        self.phase = ""
 
     def metrics(self, batch: RolloutBatch) -> dict[str, float | Tensor]:
         """Tokens are the completions': what the step is for."""
         num_tokens = int(batch.completion_lengths.sum())
         metrics: dict[str, float | Tensor] = {
-            f"seconds/{phase}": seconds for phase, seconds in self._seconds.items()
+            f"seconds/{phase}": seconds for phase, seconds in self.seconds.items()
         }
-        for phase, seconds in self._seconds.items():
+        for phase, seconds in self.seconds.items():
             metrics[f"throughput/{phase}_tokens_per_second"] = num_tokens / seconds
         return metrics
+
+
+def range_of(phase: str) -> str:
+    return f"fuserl/{phase}"
 
 
 def summarize(metrics_file: Path) -> dict[str, float]:
