@@ -1,8 +1,6 @@
 """The benchmark harness: truths, refusals, floors, meters, and what is written."""
 
 import dataclasses
-import importlib.machinery
-import importlib.util
 import json
 import subprocess
 import sys
@@ -27,7 +25,6 @@ from fuserl.bench.output import WrongAnswer
 from fuserl.bench.problem import Problem
 from fuserl.bench.report import CaseReport, Result
 from fuserl.bench.rivals import Unavailable, load, torch_rows
-from fuserl.bench.rollout_problem import Workload
 from fuserl.bench.run import cases_of, run_bench, run_case
 from fuserl.bench.timing import Ceilings, interleave, measure_ceilings, quartiles
 from fuserl.bench.truth import Error, Tensors, Truth
@@ -454,145 +451,6 @@ def test_help_of_bench_imports_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "False", done.stderr
     assert "--budget-seconds" in done.stdout
-
-
-@pytest.fixture
-def gpu_script() -> Any:
-    """benchmarks/gpu as a module."""
-    loader = importlib.machinery.SourceFileLoader("bench_gpu", str(ROOT / "benchmarks" / "gpu"))
-    spec = importlib.util.spec_from_loader("bench_gpu", loader)
-    assert spec is not None
-    script = importlib.util.module_from_spec(spec)
-    path = list(sys.path)
-    try:
-        loader.exec_module(script)
-    finally:
-        sys.path[:] = path
-    return script
-
-
-def test_the_gpu_script_takes_each_case_once_and_the_most_wanted_first(gpu_script: Any) -> None:
-    cases = gpu_script.op_cases()
-    assert len({case.title for case in cases}) == len(cases)
-    assert cases[0].title == "token_logprobs forward N=8192 V=128256 bf16 cuda"
-    assert {case.vocab_size for case in cases} == {0, 32000, 128256, 151936}
-    alone = gpu_script.rl_cases()
-    assert len({case.title for case in alone}) == len(alone)
-    assert alone[0].title == (
-        "sample_tokens forward N=256 V=128256 bf16 cuda temperature 0.8 top-p 0.95"
-    )
-    layer = gpu_script.layer_cases()
-    assert len({case.title for case in layer}) == len(layer)
-    assert layer[0].title == "rms_norm forward N=8192 D=4096 bf16 cuda with residual"
-    for case in (*cases, *alone, *layer):
-        given = {name for name in TINY if getattr(case, name)}
-        assert given == set(tiny_sizes(case.op)), case.title
-    steps = gpu_script.rollout_cases()
-    assert len({case.title for case in steps}) == len(steps)
-    assert steps[0].title == "decode steps, Qwen3-0.6B, 256 rows, bf16 cuda"
-    assert any("rollout, big, uniform lengths" in case.title for case in steps)
-    in_both = [case for case in alone if case in cases]
-    assert {case.op for case in in_both} == {
-        "sample_tokens",
-        "ppo_loss",
-        "rewards_to_advantages",
-        "gae",
-    }
-    assert {case.cuda_graph for case in in_both} == {False, True}
-
-
-@pytest.fixture
-def on_cpu(gpu_script: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The script with tiny cases on the CPU in place of its own, and green tests."""
-    describe = gpu_script.report.describe_machine
-    monkeypatch.setattr(
-        gpu_script.report, "describe_machine", lambda device, threads: describe("cpu", threads)
-    )
-    monkeypatch.setattr(gpu_script, "measure_ceilings", lambda device, dtype: CEILINGS)
-    monkeypatch.setattr(gpu_script, "providers", lambda op: providers(op, BASELINE))
-    monkeypatch.setattr(gpu_script, "python", lambda *arguments: 0)
-    cases = [tiny("token_logprobs", name) for name in ("forward", "forward_backward")]
-    monkeypatch.setitem(gpu_script.PARTS, "ops", lambda: cases)
-    return gpu_script
-
-
-def test_the_gpu_script_keeps_what_it_had_when_it_is_cut_off(
-    on_cpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    real, calls = on_cpu.run_case, []
-
-    def stops_at_the_second(*arguments: Any) -> CaseReport:
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(on_cpu, "run_case", stops_at_the_second)
-    with pytest.raises(KeyboardInterrupt):
-        on_cpu.on_gpu("ops", time.monotonic() + 60, tmp_path, "abc")
-    content = json.loads((tmp_path / "ops.json").read_text())
-    assert [case["case"]["pass_name"] for case in content["cases"]] == ["forward"]
-    assert content["machine"]["commit"] == "abc"
-
-
-def test_the_gpu_script_times_rollouts(
-    on_cpu: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Steps and whole rollouts, their JSON after each; what is not installed stops nothing."""
-    steps = on_cpu.StepCase(
-        model="tiny", num_rows=2, prompt_length=4, contexts=(4,), dtype="fp32", device="cpu"
-    )
-    requests = Workload(num_requests=2, prompt_length=3, max_new_tokens=4)
-    whole = on_cpu.RolloutCase(
-        model="tiny", workload="uniform", requests=requests, dtype="fp32", device="cpu"
-    )
-    monkeypatch.setitem(on_cpu.PARTS, "rollouts", lambda: [steps, whole, steps])
-    absent = Unavailable("transformers cannot be imported (gone)")
-    monkeypatch.setattr(on_cpu.rollout, "run_case", unavailable(absent))
-    assert on_cpu.on_gpu("rollouts", time.monotonic() + 60, tmp_path, "abc") == 0
-    out = capsys.readouterr().out
-    assert "not timed, transformers cannot be imported" in out
-    assert "waits: times a step" in out
-    content = json.loads((tmp_path / "rollouts.json").read_text())
-    assert content["ceilings"]["bytes_per_second"] == CEILINGS.bytes_per_second
-    assert [case["case"]["model"] for case in content["cases"]] == ["tiny", "tiny"]
-    assert all(case["results"][0]["samples_ms"] for case in content["cases"])
-
-
-def unavailable(reason: Unavailable) -> Any:
-    def run(*_: object) -> None:
-        raise reason
-
-    return run
-
-
-def test_the_gpu_script_keeps_to_its_budget(
-    on_cpu: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert on_cpu.on_gpu("ops", time.monotonic(), tmp_path, None) == 0
-    assert "the budget is used up; not timed: token_logprobs forward N=12" in (
-        capsys.readouterr().out
-    )
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_gpu_script_tells_no_speed_while_tests_are_red(
-    on_cpu: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(on_cpu, "python", lambda *arguments, **environment: 1)
-    assert on_cpu.on_gpu("ops", time.monotonic() + 60, tmp_path, None) == 1
-    assert "nothing was timed" in capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == []
-    assert on_cpu.without_gpu() == 1
-    out = capsys.readouterr().out
-    assert "compile gate FAILED, interpreter tests FAILED" in out
-    assert "nothing was timed" in out
 
 
 def test_a_problem_is_the_same_each_time() -> None:

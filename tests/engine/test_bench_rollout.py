@@ -26,8 +26,10 @@ from fuserl.bench.rollout_problem import (
     make_prompts,
 )
 from fuserl.bench.rollout_providers import BASELINE, OURS, PROVIDERS, FuserlGenerator
+from fuserl.bench.shapes import SHAPES
 from fuserl.bench.timing import Ceilings
 from fuserl.config import BenchConfig
+from fuserl.model.families import FAMILIES
 
 pytest.importorskip("transformers", reason="the benchmark's rival is not installed")
 
@@ -96,6 +98,34 @@ def test_every_provider_is_right(dtype: str, workload: str) -> None:
         if dtype == "fp32":
             assert result.greedy_error < 1e-5
             assert (result.logprob_error or 0) < 1e-5
+
+
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_real_shapes_go_to_the_rivals_as_their_own_family(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published switches at a size a CPU can judge."""
+    small = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_layers": 2}
+    small |= {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+    monkeypatch.setitem(MODELS, name, dataclasses.replace(SHAPES[name], **small))
+    problem = RolloutProblem(dataclasses.replace(tiny(), model=name))
+    assert type(problem.source).__name__ == FAMILIES[SHAPES[name].family].language_model
+    layers = 2 * (32 * (2 * 32 + 2 * 16) + 3 * 32 * 64)
+    tokens = problem.num_prompt_tokens + problem.num_new_tokens
+    assert problem.num_flops == 2 * (layers * tokens + 32 * 128 * problem.num_new_tokens)
+    for provider, make in PROVIDERS.items():
+        result, _ = check(problem, provider, make)
+        assert not result.reason
+
+
+def test_a_model_too_large_for_float64_is_judged_in_what_fits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for room, dtype in ((8, "float64"), (4, "float32"), (1, "bfloat16")):
+        problem = RolloutProblem(tiny(dtype="bf16"))
+        numbers = sum(parameter.numel() for parameter in problem.source.parameters())
+        monkeypatch.setattr(RolloutProblem, "_room", room * numbers)
+        assert problem.truth_dtype == dtype
 
 
 def test_greedy_tokens_are_the_same_whoever_draws_them(problem: RolloutProblem) -> None:
@@ -222,7 +252,9 @@ def test_speeds_are_compared_with_generate() -> None:
         RolloutResult(OURS, greedy_error=0.0, logprob_error=0.0, samples_ms=[2.0, 1.0, 3.0]),
         RolloutResult(BASELINE, greedy_error=0.0, logprob_error=0.0, samples_ms=[5.0, 5.0, 5.0]),
     ]
-    report = RolloutReport(tiny(), 1000, 10, 20, Ceilings(1e9, 1e9, "fp32"), 0.5, results)
+    report = RolloutReport(
+        tiny(), 1000, 10, 20, Ceilings(1e9, 1e9, "fp32"), 0.5, "float64", results
+    )
     assert report.speedup(results[0]) == 2.5
     assert report.tokens_per_second(results[0]) == 1e4
     assert "2.50x | 10,000 | 25%" in report.table()

@@ -20,9 +20,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from fuserl.bench.case import DTYPES
 from fuserl.bench.output import table_row
+from fuserl.bench.shapes import SHAPES, TINY
 from fuserl.bench.timing import Ceilings, as_milliseconds, quartiles
 from fuserl.model.cache import CacheShape
-from fuserl.model.config import DecoderConfig, Rope
+from fuserl.model.config import DecoderConfig
 from fuserl.model.heads import LanguageModel
 from fuserl.rollout.live_rows import NewRow
 from fuserl.rollout.memory import is_out_of_memory
@@ -45,55 +46,7 @@ _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchroniz
 _CALL = re.compile("cuda[A-Z]")  # as cudaLaunchKernel, where kernels are cuda_something or others
 
 
-def _llama_like(**sizes: Any) -> DecoderConfig:
-    return DecoderConfig(max_positions=4096, **sizes)
-
-
-MODELS = {
-    "tiny": _llama_like(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-    ),
-    "Qwen3-0.6B": _llama_like(
-        vocab_size=151_936,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_layers=28,
-        num_heads=16,
-        num_kv_heads=8,
-        head_dim=128,
-        qk_norm=True,
-        rope=Rope(theta=1e6),
-    ),
-    "Qwen2.5-1.5B": _llama_like(
-        vocab_size=151_936,
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_layers=28,
-        num_heads=12,
-        num_kv_heads=2,
-        head_dim=128,
-        qkv_bias=True,
-        rope=Rope(theta=1e6),
-    ),
-    "Llama-3-8B": _llama_like(
-        vocab_size=128_256,
-        hidden_size=4096,
-        intermediate_size=14_336,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        tie_embeddings=False,
-        rope=Rope(theta=5e5),
-    ),
-}
-"""Shapes; tiny is for tests."""
+MODELS = {"tiny": TINY, **SHAPES}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,8 +80,7 @@ class StepCase:
 
 def step_cases() -> list[StepCase]:
     """The most wanted first."""
-    names = [name for name in MODELS if name != "tiny"]
-    return [StepCase(model=name, num_rows=rows) for rows in (256, 64, None, 1) for name in names]
+    return [StepCase(model=name, num_rows=rows) for rows in (256, 64, None, 1) for name in SHAPES]
 
 
 @dataclass(slots=True)

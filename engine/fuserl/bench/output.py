@@ -25,6 +25,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
+def first_line(error: BaseException) -> str:
+    """Of what an exception says."""
+    return str(error).strip().partition("\n")[0]
+
+
 class CaseOnDevice(Protocol):
     @property
     def device(self) -> str:

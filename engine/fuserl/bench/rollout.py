@@ -4,7 +4,7 @@ Prompts in, sampled tokens with their log-probabilities out, prefill included, a
 RL step needs them. Two workloads: uniform, 32 requests of one length that run as one batch, and
 ragged, 64 requests of log-normal lengths, where a batch that waits for its longest row idles.
 Before anything is timed, greedy tokens must be the likeliest and log-probabilities right, by
-transformers' module in float64.
+transformers' module in float64 (a model too large for that: in the widest dtype that fits).
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +15,7 @@ from fuserl.bench.checking import RIVAL_BOUND
 from fuserl.bench.memory import growth_bytes, peak_extra_bytes, why_not_measured
 from fuserl.bench.output import (
     WrongAnswer,
+    first_line,
     models_of,
     refuse_other_options,
     run_cases,
@@ -43,7 +44,8 @@ UNITS = """\
 ms: median [quartiles] of interleaved rounds. vs generate: its median over this one. tokens/s: new
 ones, prefill included. limit: the time of the products with weights alone, at the rate of a large
 product in the same dtype, over the median. peak: most memory during a call beyond what was held
-before it. KV: the cache's. errors against float64: how far a greedy token's log-probability is
+before it. KV: the cache's. errors against the same model in float64 (float32 or its own dtype
+where it says so): how far a greedy token's log-probability is
 below the likeliest one's, and of the sampled tokens' log-probabilities."""
 
 
@@ -73,6 +75,8 @@ class RolloutReport:
     num_new_tokens: int
     ceilings: Ceilings
     floor_ms: float
+    truth_dtype: str
+    """In which answers were judged."""
     results: list[RolloutResult]
 
     def timed(self) -> list[RolloutResult]:
@@ -93,7 +97,8 @@ class RolloutReport:
         lines = [
             f"{self.case.title}: {self.num_parameters / 1e6:.1f}M parameters, "
             f"{self.num_prompt_tokens} tokens of prompts, {self.num_new_tokens} new\n"
-            f"floor {as_milliseconds(self.floor_ms)} ms; {self.ceilings}\n",
+            f"floor {as_milliseconds(self.floor_ms)} ms; {self.ceilings}; judged in "
+            f"{self.truth_dtype}\n",
             table_row(*heads, "greedy error", "of logprobs", "note"),
             table_row("---", *["--:"] * (len(heads) + 1), "---"),
         ]
@@ -201,6 +206,7 @@ def run_case(case: RolloutCase, rounds: int, budget_seconds: float) -> RolloutRe
         problem.num_new_tokens,
         ceilings,
         1e3 * problem.num_flops / ceilings.flops_per_second,
+        problem.truth_dtype,
         list(results.values()),
     )
 
@@ -227,8 +233,7 @@ def check(
     except Exception as failure:  # whatever another library raises is told, and the others go on
         if name == OURS:
             raise
-        first_line = str(failure).strip().partition("\n")[0]
-        result.reason = f"{type(failure).__name__}: {first_line}"
+        result.reason = f"{type(failure).__name__}: {first_line(failure)}"
         return result, None
     result.note, result.kv_bytes = generator.note, generator.kv_bytes
     result.logprob_error = None if sampled.logprobs is None else error

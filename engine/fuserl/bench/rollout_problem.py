@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fuserl.bench.case import DTYPES
+from fuserl.bench.shapes import SHAPES
 from fuserl.bench.training_problem import convert, make_source
 from fuserl.bench.truth import MAX_DEVIATIONS, finite_norm
 from fuserl.model.config import DecoderConfig
@@ -43,8 +44,9 @@ MODELS = {
     "tiny": _sizes(32, 2, 2, 64, 128),
     "small": _sizes(256, 6, 8, 704, 4096),
     "big": _sizes(512, 8, 8, 1408, 32_000),
+    **SHAPES,
 }
-"""tiny is for tests; the others have 6.9 and 58.4 million parameters."""
+"""tiny is for tests; small and big have 6.9 and 58.4 million parameters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +73,7 @@ class RolloutCase:
     model: str
     """A key of MODELS."""
     workload: str
-    """A key of WORKLOADS, whose entry is `requests` (a test has smaller ones)."""
+    """uniform or ragged."""
     requests: Workload
     dtype: str
     """fp32 or bf16: of weights, cache and products."""
@@ -91,7 +93,7 @@ class Completions:
 
 
 class RolloutProblem:
-    """Requests, transformers' model with random weights in fp32, and what is right."""
+    """Requests, transformers' model with random weights in the case's dtype, and what is right."""
 
     def __init__(self, case: RolloutCase) -> None:
         """Raises Unavailable without transformers."""
@@ -99,18 +101,19 @@ class RolloutProblem:
         self.config = MODELS[case.model]
         self.prompts = make_prompts(case.requests, self.config.vocab_size)
         self.limits = make_limits(case.requests)
-        self.source = make_source(self.config).eval().to(case.device)
+        self.source = convert(make_source(self.config, case.device).eval(), DTYPES[case.dtype])
         self.source.generation_config.eos_token_id = None
-        if case.dtype == "bf16":  # every provider starts from the same numbers
-            convert(convert(self.source, torch.bfloat16), torch.float32)
 
     def our_model(self) -> LanguageModel:
-        model = LanguageModel(self.config)
+        with torch.device("meta"):
+            model = LanguageModel(self.config).to(DTYPES[self.case.dtype])
+        model.to_empty(device=self.case.device)
         load_hf_state(model, self.source.state_dict())
-        return model.to(device=self.case.device, dtype=DTYPES[self.case.dtype])
+        return model
 
-    def their_model(self) -> Any:
-        return convert(copy.deepcopy(self.source), DTYPES[self.case.dtype])
+    def their_copy(self) -> Any:
+        """For a provider that changes the module."""
+        return copy.deepcopy(self.source)
 
     @property
     def greedy_prompts(self) -> list[list[int]]:
@@ -139,7 +142,8 @@ class RolloutProblem:
         """Of the products with weights alone: the layers for every token, the vocabulary's for
         every new one."""
         head = self.config.hidden_size * self.config.vocab_size
-        layers = sum(p.numel() for p in self.source.parameters() if p.ndim == 2) - 2 * head
+        tables = 1 if self.config.tie_embeddings else 2
+        layers = sum(p.numel() for p in self.source.parameters() if p.ndim == 2) - tables * head
         tokens = self.num_prompt_tokens + self.num_new_tokens
         return 2 * (layers * tokens + head * self.num_new_tokens)
 
@@ -193,15 +197,31 @@ class RolloutProblem:
 
     @cached_property
     def _truth(self) -> Any:
-        return copy.deepcopy(self.source).double()
+        """In float64 where that takes at most a quarter of a GPU's memory, else in float32, else
+        the module itself."""
+        numbers = sum(parameter.numel() for parameter in self.source.parameters())
+        for dtype in (torch.float64, torch.float32):
+            if numbers * dtype.itemsize <= self._room:
+                return copy.deepcopy(self.source).to(dtype)
+        return self.source
+
+    @property
+    def _room(self) -> float:
+        if self.case.device == "cpu":
+            return math.inf
+        return torch.cuda.get_device_properties(0).total_memory / 4
+
+    @property
+    def truth_dtype(self) -> str:
+        return str(next(self._truth.parameters()).dtype).removeprefix("torch.")
 
     @torch.no_grad()
     def _truth_of(self, prompt: Sequence[int], tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """By transformers' module in float64 on one row: the log-probabilities of all tokens at
-        every place of a completion [T, V], and those of its own tokens [T]."""
+        """By transformers' module on one row, its logits in float64: the log-probabilities of all
+        tokens at every place of a completion [T, V], and those of its own tokens [T]."""
         ids = torch.tensor([[*prompt, *tokens]], device=self.case.device)
         logits = self._truth(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
-        logprobs = logits.log_softmax(-1)
+        logprobs = logits.double().log_softmax(-1)
         return logprobs, logprobs.gather(1, ids[0, len(prompt) :, None]).squeeze(1)
 
 

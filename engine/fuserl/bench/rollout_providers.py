@@ -64,7 +64,7 @@ class TransformersGenerate:
 
     def __init__(self, problem: RolloutProblem, *, with_logprobs: bool) -> None:
         self._problem, self._with_logprobs = problem, with_logprobs
-        self._model = problem.their_model()
+        self._model = problem.source
         self._config = load("transformers", "GenerationConfig")
         self._kv_bytes = 0
         self.note = "" if with_logprobs else "no log-probabilities"
@@ -132,7 +132,7 @@ class ContinuousBatching:
 
     def __init__(self, problem: RolloutProblem) -> None:
         """Raises Unavailable without it."""
-        self._model = problem.their_model()
+        self._model = problem.their_copy()  # its attention is another from then on
         self._config = load("transformers", "GenerationConfig")
         requests = problem.case.requests
         pages = -(-(requests.prompt_length + requests.max_new_tokens) // _PAGE)

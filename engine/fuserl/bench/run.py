@@ -13,7 +13,7 @@ from fuserl.bench.checking import Call, bound_for, measure_error
 from fuserl.bench.memory import peak_extra_bytes, why_not_measured
 from fuserl.bench.op import BASELINE, Op, Provider, Sizes
 from fuserl.bench.ops import find_op, providers
-from fuserl.bench.output import WrongAnswer, write_json
+from fuserl.bench.output import WrongAnswer, first_line, write_json
 from fuserl.bench.problem import Problem
 from fuserl.bench.report import CaseReport, Result
 from fuserl.bench.rivals import Unavailable
@@ -175,11 +175,11 @@ def check(
         result.status, result.reason = "unavailable", str(reason)
         return result, None
     except (torch.OutOfMemoryError, MemoryError) as error:
-        result.status, result.reason = "out of memory", _first_line(error)
+        result.status, result.reason = "out of memory", first_line(error)
         return result, None
     except Exception as error:  # whatever another library raises is told, and the others go on
         result.status = "failed"
-        result.reason = f"{type(error).__name__}: {_first_line(error)}"
+        result.reason = f"{type(error).__name__}: {first_line(error)}"
         return result, None
     bound = bound_for(case.dtype, provider.is_ours, baseline)
     if not result.error.within(bound):
@@ -190,10 +190,6 @@ def check(
         )
         return result, None
     return result, call
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _refuse_wrong(case: Case, results: list[Result]) -> None:

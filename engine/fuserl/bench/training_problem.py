@@ -12,7 +12,9 @@ from torch import Tensor
 from fuserl.bench.rivals import load
 from fuserl.bench.truth import Error
 from fuserl.data.examples import PromptCompletion
-from fuserl.model.config import DecoderConfig, Rope
+from fuserl.model.config import DecoderConfig
+from fuserl.model.config_json import config_to_hf
+from fuserl.model.families import FAMILIES
 from fuserl.model.heads import LanguageModel
 from fuserl.model.weights import hf_state, load_hf_state
 
@@ -80,7 +82,7 @@ class StepProblem:
         self.case = case
         self.config = MODELS[case.model]
         self.rows = make_rows(case, self.config.vocab_size)
-        self.source = make_source(self.config).to(case.device)
+        self.source = make_source(self.config, case.device)
         if case.dtype == "bf16":  # every provider starts from the same numbers
             convert(convert(self.source, torch.bfloat16), torch.float32)
 
@@ -151,28 +153,18 @@ def make_rows(case: StepCase, vocab_size: int) -> list[PromptCompletion]:
     return rows
 
 
-def make_source(config: DecoderConfig) -> Any:
-    """LlamaForCausalLM in fp32 with weights that let every part matter."""
-    rope = config.rope or Rope()
-    llama = load("transformers", "LlamaConfig")(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_positions,
-        rms_norm_eps=config.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": rope.theta},
-        tie_word_embeddings=config.tie_embeddings,
-        initializer_range=config.hidden_size**-0.5,
-        attn_implementation="sdpa",
-        dtype="float32",
-    )
-    with torch.random.fork_rng(devices=[]):
+def make_source(config: DecoderConfig, device: str = "cpu") -> Any:
+    """transformers' model of the config's family in fp32, with weights that let every part
+    matter."""
+    settings = {
+        "initializer_range": config.hidden_size**-0.5,
+        "attn_implementation": "sdpa",
+        "dtype": "float32",
+    }
+    theirs = load("transformers", "AutoConfig").for_model(**config_to_hf(config) | settings)
+    with torch.random.fork_rng(devices=[0] if device == "cuda" else []), torch.device(device):
         torch.manual_seed(_SEED)
-        return load("transformers", "LlamaForCausalLM")(llama).train()
+        return load("transformers", FAMILIES[config.family].language_model)(theirs).train()
 
 
 def convert(model: Any, dtype: torch.dtype) -> Any:

@@ -1,0 +1,70 @@
+"""A run of the suite: build, prove, measure the ceilings, time a part, sum up."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import torch
+
+from fuserl.bench.suite import extension, machine
+from fuserl.bench.suite.cases import PARTS
+from fuserl.bench.suite.part import Record, time_part
+from fuserl.bench.suite.proof import prove
+from fuserl.bench.suite.tables import write_summary
+from fuserl.bench.timing import measure_ceilings
+
+PART_SECONDS = 480.0
+"""A part takes no longer, whatever the budget."""
+_TEST_SHARE = 0.6
+"""Of the time that is left, for the tests at most."""
+
+
+def run_all(root: Path, arguments: Sequence[str], deadline: float) -> int:
+    """Each part in a process of its own, which a broken device of another leaves alone, with an
+    equal share of the seconds that are left. arguments: those of benchmarks/gpu, but for the part
+    and the budget. Returns the exit code."""
+    worst = 0
+    for number, part in enumerate(PARTS):
+        seconds = (deadline - time.monotonic()) / (len(PARTS) - number)
+        if seconds <= 0:
+            print(f"{part}: the seconds were used up")
+            worst = 1
+            continue
+        chosen = ["--part", part, "--budget", f"{seconds:.0f}"]
+        command = [sys.executable, str(root / "benchmarks" / "gpu"), *chosen, *arguments]
+        worst = max(worst, subprocess.run(command).returncode)
+    return worst
+
+
+def run_session(
+    root: Path,
+    *,
+    part: str,
+    ops: Collection[str],
+    deadline: float,
+    out: Path,
+    commit: str | None,
+) -> int:
+    """part: a key of PARTS. ops: only those. deadline: of time.monotonic(). Returns the exit code:
+    0 where all asked for was proven and right."""
+    print(extension.build(root), flush=True)
+    found = machine.describe(root, "cuda", commit)
+    print("\n".join(f"{name}: {value}" for name, value in found.items()), end="\n\n", flush=True)
+    proof = prove(
+        root,
+        ops,
+        time.monotonic() + _TEST_SHARE * (deadline - time.monotonic()),
+        root / "build" / "gpu" / "proof.json",
+        {name: found[name] for name in ("sources", "device", "versions")},
+    )
+    print(f"{proof}\n", flush=True)
+    torch.manual_seed(0)
+    ceilings = measure_ceilings("cuda", "bf16")
+    print(f"ceilings: {ceilings}\n", flush=True)
+    record = Record(out / f"{part}.json", part, found, ceilings, proof)
+    end = min(deadline, time.monotonic() + PART_SECONDS)
+    wrong = time_part(PARTS[part], record, end, ops)
+    print(write_summary(out))
+    return int(bool(wrong or proof.red or proof.errors))
