@@ -257,6 +257,7 @@ def test_an_unfair_draw_is_seen(
 
 
 @pytest.mark.gpu
+@pytest.mark.covers("gae", "ppo_loss")
 def test_a_replay_gives_the_answer_of_the_call() -> None:
     for op in ("gae", "ppo_loss"):
         problem = OPS[op].problem(dataclasses.replace(tokens(op), device="cuda", cuda_graph=True))
@@ -268,6 +269,7 @@ def test_a_replay_gives_the_answer_of_the_call() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.covers("gae")
 def test_a_call_that_waits_for_the_device_is_not_captured() -> None:
     problem = OPS["gae"].problem(dataclasses.replace(tokens("gae"), device="cuda"))
     waits = Call(problem, lambda *inputs: (inputs[0] * float(inputs[0].sum()),), None)

@@ -26,7 +26,7 @@ from fuserl.rollout.live_rows import NewPrompt, NewRow
 from fuserl.rollout.module_runner import GRAPH_STEPS, ModuleRunner
 from fuserl.rollout.requests import Completion, End
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.covers("rollout")]
 DEVICE = torch.device("cuda")
 MakeModel = Callable[..., LanguageModel]
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -51,12 +51,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_kv_heads": 4,
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def _plain_kernels() -> None:
-    """Without the fills of torch.empty and the sorts that deterministic mode adds to each step."""
-    torch.use_deterministic_algorithms(False)
 
 
 def on_gpu(model: LanguageModel) -> LanguageModel:

@@ -4,10 +4,12 @@ import functools
 
 import pytest
 import torch
+from gpu_testing import assert_replays, assert_waits_for_nothing
 
 import fuserl_kernels as fk
 
 pytestmark = pytest.mark.gpu
+covers = pytest.mark.covers
 DEVICE = "cuda"
 SIZES = [(512, 1024), (7, 4096), (1, 1)]
 
@@ -65,6 +67,23 @@ def packed_gae(data):
     return fk.gae(rewards.flatten(), values.flatten(), data["mask"].flatten(), cu_seqlens=ends)
 
 
+def plain_policy(data):
+    new, old, ref, _, advantages, *_ = data["tensors"]
+    leaf, entropy = (x.detach().requires_grad_() for x in (new, -ref))
+    loss, metrics = fk.policy_loss(
+        leaf, old, advantages, data["mask"], ref_logprobs=ref, entropy=entropy, kl_coef=0.1,
+        entropy_coef=0.01,
+    )  # fmt: skip
+    return loss, *torch.autograd.grad(loss, (leaf, entropy)), *metrics.values()
+
+
+def value(data):
+    *_, values, new_values, returns = data["tensors"]
+    leaf = new_values.detach().requires_grad_()
+    loss, metrics = fk.value_loss(leaf, values, returns, data["mask"])
+    return loss, *torch.autograd.grad(loss, leaf), *metrics.values()
+
+
 def pairwise(data):
     chosen, rejected = (x.flatten()[:4096].detach().requires_grad_() for x in data["tensors"][:2])
     loss, metrics = fk.pairwise_loss(chosen, rejected, margin=0.1, center_coef=0.01)
@@ -82,6 +101,7 @@ CALLS = {
     "discounted_returns": lambda data: (
         fk.discounted_returns(data["tensors"][6], data["mask"], gamma=0.9),
     ),
+    "masked_moments": lambda data: (fk.masked_moments(data["tensors"][4], data["mask"]),),
     "masked_whiten": lambda data: (fk.masked_whiten(data["tensors"][4], data["mask"]),),
     "rewards_to_advantages": functools.partial(advantages_of, whiten=True),
     "with whitened rewards": functools.partial(advantages_of, whiten=True, whiten_rewards=True),
@@ -89,9 +109,24 @@ CALLS = {
     "ppo_loss": ppo,
     "ppo_loss by sequence": functools.partial(ppo, ratio_level="sequence_mean"),
     "ppo_loss dual clip": functools.partial(ppo, dual_clip=3.0, log_ratio_clip=5.0),
+    "policy_loss": plain_policy,
     "corrected policy_loss": corrected,
+    "value_loss": value,
     "pairwise_loss": pairwise,
 }
+
+
+# The op that each name says, but for those that vary one.
+OPS = {
+    "gae carry": "gae",
+    "gae packed": "gae",
+    "with whitened rewards": "rewards_to_advantages",
+    "without whitening": "rewards_to_advantages",
+    "ppo_loss by sequence": "ppo_loss",
+    "ppo_loss dual clip": "ppo_loss",
+    "corrected policy_loss": "policy_loss",
+}
+EACH = [pytest.param(name, marks=covers(OPS.get(name, name))) for name in CALLS]
 
 
 def in_float64(data):
@@ -99,7 +134,7 @@ def in_float64(data):
     return {"scores": data["scores"].double().cpu(), "mask": data["mask"].cpu(), "tensors": wide}
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_equals_the_definition(name, size, monkeypatch):
     data = batch(*size)
@@ -117,40 +152,24 @@ def test_equals_the_definition(name, size, monkeypatch):
         assert torch.equal(a, c)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", EACH)
 def test_waits_for_nothing(name):
-    """The host never waits for the device, also not for a check."""
     data = batch(64, 128)
-    CALLS[name](data)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        CALLS[name](data)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert_waits_for_nothing(lambda: CALLS[name](data))
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", EACH)
 def test_inside_a_graph(name):
-    """Captured, replayed twice on new inputs, with an eager call on the capture stream between."""
     data = batch(64, 128)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        CALLS[name](data)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        captured = CALLS[name](data)
-    for _ in range(2):
+
+    def change():
         for tensor in data["tensors"]:
             tensor.mul_(0.9)
-        graph.replay()
-        torch.cuda.synchronize()
-        for a, b in zip(captured, CALLS[name](data), strict=True):
-            assert torch.equal(a.detach(), b.detach())
+
+    assert_replays(lambda: CALLS[name](data), change)
 
 
+@covers("ppo_loss", "policy_loss", "value_loss")
 def test_two_streams_at_once():
     """What programs count tickets with is not shared between streams."""
     data = [batch(512, 512) for _ in range(2)]
@@ -178,9 +197,10 @@ SAMPLING = {
 }
 
 
+@covers("sample_tokens")
 @pytest.mark.parametrize("name", SAMPLING)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("vocab_size", [1000, 128256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("vocab_size", [1001, 128256])
 def test_sampler(name, dtype, vocab_size):
     logits = (2 * torch.randn(256, vocab_size, device=DEVICE)).to(dtype)
     logits[5] = -torch.inf
@@ -214,27 +234,3 @@ def test_sampler(name, dtype, vocab_size):
     assert equal.float().mean() > 0.97
     both = equal & ~broken
     torch.testing.assert_close(truncated[both], want_truncated[both], atol=1e-4, rtol=1e-4)
-
-
-def test_sampler_past_two_to_the_31():
-    logits = torch.zeros(17_000, 151_936, device=DEVICE, dtype=torch.bfloat16)
-    logits[:, 1000] = 50.0
-    ids, _, _ = fk.sample_tokens(logits, seed=0, top_p=0.9)
-    assert (ids == 1000).all()
-
-
-def test_sampler_in_a_graph_waits_for_nothing():
-    logits = torch.randn(64, 32000, device=DEVICE, dtype=torch.bfloat16)
-    requests, positions = torch.arange(64, device=DEVICE), torch.zeros(64, device=DEVICE).long()
-    keys = {"seed": 3, "request_ids": requests, "positions": positions, "top_p": 0.9}
-    fk.sample_tokens(logits, **keys)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = fk.sample_tokens(logits, **keys)
-    for step in range(3):
-        positions.fill_(step)
-        graph.replay()
-        torch.cuda.synchronize()
-        for a, b in zip(captured, fk.sample_tokens(logits, **keys), strict=True):
-            assert torch.equal(a, b)

@@ -226,6 +226,7 @@ def test_a_row_does_not_depend_on_its_batch_and_bits_repeat():
 
 @pytest.mark.parametrize("vocab_size", [3000, 128256])
 @pytest.mark.gpu
+@pytest.mark.covers("token_logprobs")
 def test_bits_are_equal_in_every_configuration(vocab_size, monkeypatch):
     for dtype, size in ((torch.bfloat16, 2), (torch.float32, 4)):
         logits, token_ids, temperatures = example(300, vocab_size, dtype)
@@ -241,6 +242,8 @@ def test_bits_are_equal_in_every_configuration(vocab_size, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.large
+@pytest.mark.covers("token_logprobs")
 def test_more_than_2_to_the_31_logits():
     vocab_size, num_rows = 151936, 14200
     logits = torch.randn(num_rows, vocab_size, dtype=torch.bfloat16, device=DEVICE)

@@ -263,6 +263,7 @@ def test_too_many_columns_are_refused():
 
 
 @pytest.mark.gpu
+@pytest.mark.covers("sample_tokens")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["plain", *TRUNCATIONS])
 def test_bits_are_equal_in_every_configuration(dtype, name, monkeypatch):

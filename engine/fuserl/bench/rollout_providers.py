@@ -1,6 +1,7 @@
 """Who generates: ours, transformers' generate, and its continuous batching."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import partial
 from typing import Any, Protocol
 
@@ -136,13 +137,16 @@ class ContinuousBatching:
         self._config = load("transformers", "GenerationConfig")
         requests = problem.case.requests
         pages = -(-(requests.prompt_length + requests.max_new_tokens) // _PAGE)
-        self._batching = load("transformers", "ContinuousBatchingConfig")(
+        make = load("transformers", "ContinuousBatchingConfig")
+        # Named block_size up to transformers 5.17.
+        name = "page_size" if any(f.name == "page_size" for f in fields(make)) else "block_size"
+        self._batching = make(
             return_logprobs=True,
             seed=0,
             allow_block_sharing=False,
-            page_size=_PAGE,
             num_blocks=pages * requests.num_requests,
             max_batch_tokens=_BATCH_TOKENS,
+            **{name: _PAGE},
         )
         self._max_new_tokens = requests.max_new_tokens
         self._kv_bytes = problem.kv_bytes(_PAGE * pages * requests.num_requests)
