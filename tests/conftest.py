@@ -29,8 +29,8 @@ def _seed_and_poison(request: pytest.FixtureRequest) -> Iterator[None]:
 
     On the CPU deterministic mode fills each torch.empty with NaN. On a GPU that would add launches
     to what a test counts, captures or waits for, and replace the library's kernels by slower ones:
-    there the allocator is given blocks full of NaN to hand out instead. Tests marked `large` have
-    the whole device before them, and leave it so."""
+    there the allocator is given blocks full of NaN to hand out instead. Tests marked `large` begin
+    with nothing of this process on the device, and leave nothing there."""
     torch.manual_seed(0)
     if request.node.get_closest_marker("gpu") is None:
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -61,11 +61,16 @@ def _free_device_memory() -> None:
     torch.cuda.empty_cache()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    outcome_report.add_options(parser)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     outcome_report.register(config)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    outcome_report.select(config, items)
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         # Not by keyword: those hold the names of folders too.

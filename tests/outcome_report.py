@@ -31,6 +31,29 @@ import torch
 VARIABLE = "FUSERL_TEST_REPORT"
 
 
+def add_options(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--covers",
+        action="append",
+        default=[],
+        metavar="OP",
+        help="only tests that name this op in a marker `covers` (repeatable)",
+    )
+
+
+def select(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what covers none of the ops asked for, and let one worker of xdist (--dist
+    loadgroup) have all tests that need much of a GPU's memory."""
+    wanted = set(config.getoption("covers"))
+    if wanted:
+        others = [item for item in items if not wanted & set(ops_of(item))]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if wanted & set(ops_of(item))]
+    for item in items:
+        if item.get_closest_marker("large") is not None:
+            item.add_marker(pytest.mark.xdist_group("large"))
+
+
 def ops_of(item: pytest.Item) -> list[str]:
     """The arguments of all its markers `covers`."""
     return sorted({op for marker in item.iter_markers("covers") for op in marker.args})

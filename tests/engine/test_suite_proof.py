@@ -110,7 +110,7 @@ def tree(tmp_path: Path) -> Path:
         "@pytest.mark.covers('rotary')\n"
         "def test_slow(): time.sleep(float(os.environ.get('SLEEP', '0')))\n"
     )
-    markers = "gpu:\n    large:\n    covers(*ops):"
+    markers = "gpu:\n    large:\n    xdist_group(name):\n    covers(*ops):"
     (tmp_path / "pytest.ini").write_text(f"[pytest]\nmarkers =\n    {markers}\n")
     return tmp_path
 
@@ -147,8 +147,8 @@ def test_only_the_tests_of_the_ops_that_were_asked_for(tree: Path) -> None:
 def test_what_runs_out_of_time_is_red(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLEEP", "1000")
     began = time.monotonic()
-    found = run(tree, seconds=15)
-    assert time.monotonic() - began < 60
+    found = run(tree, seconds=25)
+    assert time.monotonic() - began < 60  # killed, not waited for
     assert "did not run to their end" in found.red["rotary"]
     assert set(found.green) == {"gae", "glu"}
     monkeypatch.setenv("SLEEP", "0")

@@ -173,7 +173,8 @@ def _run(root: Path, ops: Collection[str], report: Path, deadline: float) -> Non
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
     command += ["--tb=short", *(f"--covers={op}" for op in sorted(ops))]
     if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(_WORKERS), "--dist", "loadgroup"]
+        workers = min(_WORKERS, os.cpu_count() or 1)
+        command += ["-n", str(workers), "--dist", "loadgroup"]
     if importlib.util.find_spec("pytest_timeout") is not None:
         command += [f"--timeout={_ONE_TEST_SECONDS}"]
     sources = [str(root / "engine"), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
