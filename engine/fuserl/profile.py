@@ -72,6 +72,7 @@ def profile_step(
     device = opened.policy.model.device.type
     dtype = next(k for k, v in DTYPES.items() if v == opened.policy.model.trunk.dtype)
     ceilings = measure_ceilings(device, dtype)
+    torch.cuda.empty_cache()  # of what they were measured with
     machine = describe_machine(device, torch.get_num_threads())
     print(f"{machine['device']}, {machine['threads']} threads, torch {torch.__version__}")
     print(f"{ceilings}\n", flush=True)

@@ -347,3 +347,18 @@ print(len(run_case(case, Ceilings(1e10, 1e11, "fp32"), 0).results))
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["5"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_a_gpu_tells_captures_and_peaks(algorithm: str) -> None:
+    case = dataclasses.replace(GRPO, algorithm=algorithm, dtype="bf16", device="cuda")
+    report = run_case(case, Ceilings(1e12, 1e14, "bf16", 1e-3), 0)
+    assert report.reason == ""
+    assert report.capture_seconds is not None
+    assert report.first_step_seconds is not None
+    assert 0 < report.capture_seconds < report.first_step_seconds
+    for result in report.results:
+        assert len(result.seconds) == rl_phases.MIN_STEPS
+        assert result.peak_bytes is not None
+        assert result.peak_bytes > 0

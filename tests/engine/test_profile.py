@@ -1,24 +1,26 @@
 """`fuserl profile` on a tiny model: what it writes, says and refuses."""
 
+import dataclasses
 import gzip
 import json
 import math
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from fuserl import cli, profile
 from fuserl.bench.timing import Ceilings
 from fuserl.bench.traces import OUTSIDE
+from fuserl.profile import run_profile
 from fuserl.profile_config import ProfileConfig
 from fuserl.stages.rl_metrics import range_of
 
 CPU = Ceilings(1e10, 1e11, "fp32")
 PHASES = ["rollout", "score", "shape", "update"]
-SMALL = ["--steps=3", "--batch-size=4", "--microbatch-size=2", "--max-new-tokens=5"]
+SMALL: dict[str, Any] = {"batch_size": 4, "microbatch_size": 2, "max_new_tokens": 5}
 
 
 @pytest.fixture
@@ -29,12 +31,17 @@ def data(rows: list[dict[str, Any]], tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def flags(data: Path, policy_folder: Path, reward_folder: Path) -> Callable[..., list[str]]:
-    def make(out: Path, *more: str) -> list[str]:
-        models = [f"--model={policy_folder}", f"--reward-model={reward_folder}"]
-        return ["profile", *models, f"--data={data}", f"--out={out}", *SMALL, *more]
+def config(data: Path, policy_folder: Path, reward_folder: Path) -> Callable[..., ProfileConfig]:
+    def make(out: Path, **options: Any) -> ProfileConfig:
+        given = {"model": policy_folder, "reward_model": reward_folder, "data": data, "out": out}
+        return ProfileConfig(**{name: str(path) for name, path in given.items()}, **SMALL | options)
 
     return make
+
+
+@pytest.fixture
+def known_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile, "measure_ceilings", lambda device, dtype: CPU)
 
 
 def ranges(events: Sequence[dict[str, Any]]) -> list[str]:
@@ -42,19 +49,15 @@ def ranges(events: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def test_it_tells_where_a_step_spends_its_time(
-    flags: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: Callable[..., ProfileConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With the ceilings of this machine."""
     out = tmp_path / "profile"
-    recomputing = ["--old-logprobs=recomputed", "--num-minibatches=2"]
-    assert cli.main(flags(out, *recomputing)) == 0
+    run_profile(config(out, old_logprobs="recomputed", num_minibatches=2))
     said = capsys.readouterr().out
     phases = ["rollout", "score", "recompute", "shape", "update"]
-    assert sorted(p.name for p in out.iterdir()) == [
-        "memory_events.json",
-        "profile.json",
-        "trace.json",
-    ], "no model, no checkpoint, no metrics"
+    left = sorted(path.name for path in out.iterdir())
+    assert left == ["memory_events.json", "profile.json", "trace.json"], "no model, no run"
 
     found = json.loads((out / "profile.json").read_text())
     assert [phase["name"] for phase in found["phases"]] == [*phases, "step"]
@@ -97,31 +100,21 @@ def test_it_tells_where_a_step_spends_its_time(
     assert memory["phases"]["update"]["peak_bytes"] == peak > 0
 
 
+@pytest.mark.usefixtures("known_ceilings")
 def test_what_a_function_costs_is_its_own(
-    policy_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Callable[..., ProfileConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a model in scoring there is nothing to count; a large trace is compressed."""
-    monkeypatch.setattr(profile, "measure_ceilings", lambda device, dtype: CPU)
     monkeypatch.setattr(profile, "LARGE_TRACE", 1000)
-    config = ProfileConfig(
-        model=str(policy_folder),
-        data=str(data),
-        out=str(tmp_path / "out"),
-        algorithm="grpo",
-        num_samples=2,
-        batch_size=3,
-        max_new_tokens=4,
-        warmup_steps=1,
-        num_operators=2,
-        steps=1,
-    )
     calls: list[int] = []
 
     def reward(completions: Sequence[str], **_: Any) -> list[float]:
         calls.append(len(completions))
         return [float(len(text)) for text in completions]
 
-    found = profile.profile_step(config, config.data, reward)
+    options: dict[str, Any] = {"algorithm": "grpo", "num_samples": 2, "batch_size": 3, "steps": 1}
+    asked = config(tmp_path / "out", warmup_steps=1, num_operators=2, **options)
+    found = profile.profile_step(asked, asked.data, reward)
     assert calls == [6] * 4, "warm-up, timed, memory, traced"
     score = next(phase for phase in found["phases"] if phase["name"] == "score")
     assert (score["num_flops"], score["share_of_limit"]) == (0, None)
@@ -132,76 +125,91 @@ def test_what_a_function_costs_is_its_own(
     assert all(len(operators) <= 2 for operators in found["operators"].values())
 
 
+@pytest.mark.usefixtures("known_ceilings")
 def test_a_profile_is_written_over_a_profile_alone(
-    flags: Callable[..., list[str]],
-    tmp_path: Path,
-    policy_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    config: Callable[..., ProfileConfig], tmp_path: Path, policy_folder: Path
 ) -> None:
-    monkeypatch.setattr(profile, "measure_ceilings", lambda device, dtype: CPU)
     out = tmp_path / "out"
     out.mkdir()
     stale = out / "trace.json.gz"
     stale.write_text("of an earlier profile")
-    assert cli.main(flags(out, "--warmup-steps=1")) == 1
-    assert "holds a profile: choose another --out, or add --overwrite" in capsys.readouterr().err
-    assert cli.main(flags(out, "--warmup-steps=1", "--overwrite")) == 0
+    with pytest.raises(ValueError, match="holds a profile: choose another --out, or add --overw"):
+        run_profile(config(out))
+    assert stale.exists()
+    run_profile(config(out, overwrite=True, warmup_steps=1))
     assert not stale.exists()
 
     for name in ("summary.json", "metrics.jsonl", "config.json", "model-1.safetensors"):
         held = tmp_path / name.partition(".")[0]
         held.mkdir()
         (held / name).write_text("{}")
-        assert cli.main(flags(held, "--overwrite")) == 1
-        assert "holds a run or a model, and a profile is written over" in capsys.readouterr().err
+        with pytest.raises(ValueError, match="holds a run or a model, and a profile is written"):
+            run_profile(config(held, overwrite=True))
         assert [path.name for path in held.iterdir()] == [name]
-    before = sorted(path.name for path in policy_folder.iterdir())
-    assert cli.main(flags(policy_folder, "--overwrite")) == 1
-    assert sorted(path.name for path in policy_folder.iterdir()) == before
-
-
-def test_a_run_of_the_same_options_is_not_changed_by_it(
-    policy_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A policy that is handed over by its folder stays as it is on the disk."""
-    monkeypatch.setattr(profile, "measure_ceilings", lambda device, dtype: CPU)
-    weights = (policy_folder / "model.safetensors").read_bytes()
-    config = ProfileConfig(
-        model=str(policy_folder), data=str(data), out=str(tmp_path / "out"), batch_size=2
-    )
-    before = torch.is_deterministic_algorithms_warn_only_enabled()
-    profile.profile_step(config, config.data, lambda completions, **_: [1.0] * len(completions))
-    assert torch.is_deterministic_algorithms_warn_only_enabled() == before
-    assert (policy_folder / "model.safetensors").read_bytes() == weights
+    before = {path.name: path.read_bytes() for path in policy_folder.iterdir()}
+    with pytest.raises(ValueError, match="holds a run or a model"):
+        run_profile(config(policy_folder, overwrite=True))
+    run_profile(config(tmp_path / "beside", warmup_steps=1))
+    assert {path.name: path.read_bytes() for path in policy_folder.iterdir()} == before
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("options", "message"),
     [
-        (["--resume"], "resume makes no sense with profile: it writes no run"),
-        (["--warmup-steps=0"], "warmup_steps must be at least 1, got 0"),
-        (["--num-operators=0"], "num_operators must be at least 1, got 0"),
-        (["--algorithm=grpo"], "num_samples must be at least 2 with grpo"),
+        ({"resume": True}, "resume makes no sense with profile: it writes no run"),
+        ({"warmup_steps": 0}, "warmup_steps must be at least 1, got 0"),
+        ({"num_operators": 0}, "num_operators must be at least 1, got 0"),
+        ({"algorithm": "grpo"}, "num_samples must be at least 2 with grpo"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(
-    more: list[str],
+    options: dict[str, Any],
     message: str,
-    flags: Callable[..., list[str]],
+    config: Callable[..., ProfileConfig],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert cli.main(flags(tmp_path / "out", *more)) == 1
-    assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path / "out", **options)
+
+
+def test_a_reward_is_needed(config: Callable[..., ProfileConfig], tmp_path: Path) -> None:
+    asked = dataclasses.replace(config(tmp_path / "out"), reward_model=None)
+    with pytest.raises(ValueError, match=r"reward_model is missing \(a Python function needs"):
+        run_profile(asked)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_reward_is_needed(
-    policy_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.usefixtures("known_ceilings")
+def test_the_command_takes_the_options_of_rl(
+    config: Callable[..., ProfileConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = [f"--model={policy_folder}", f"--data={data}", f"--out={tmp_path / 'out'}"]
+    pytest.importorskip("tyro", reason="the command line needs tyro")
+    asked = config(tmp_path / "out")
+    flags = [f"--{name}={getattr(asked, name)}" for name in ("model", "data", "out")]
+    flags += [f"--reward-model={asked.reward_model}", "--algorithm=grpo", "--num-samples=3"]
+    flags += ["--batch-size=2", "--max-new-tokens=4", "--warmup-steps=1", "--steps=2"]
+    assert cli.main(["profile", *flags]) == 0
+    found = json.loads((tmp_path / "out" / "profile.json").read_text())
+    assert found["sequences"] == 6
+    assert "trace.json, memory_events.json, profile.json" in capsys.readouterr().out
     assert cli.main(["profile", *flags]) == 1
-    assert (
-        "reward_model is missing (a Python function needs profile_step)" in capsys.readouterr().err
-    )
+    assert "fuserl profile: " in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_kernels_and_a_snapshot(
+    config: Callable[..., ProfileConfig], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run_profile(config(out, device="cuda", dtype="bfloat16"))
+    found = json.loads((out / "profile.json").read_text())
+    assert found["files"]["memory"] == "memory_snapshot.pickle"
+    with (out / "memory_snapshot.pickle").open("rb") as file:
+        snapshot = pickle.load(file)
+    assert snapshot["segments"]
+    assert any(snapshot["device_traces"])
+    for phase in ("rollout", "score", "update"):
+        assert found["kernels"][phase], "of the device"
+    for phase in found["phases"]:
+        assert phase["peak_bytes"] > 0
+        assert math.isfinite(phase["limit_seconds"])

@@ -57,7 +57,7 @@ def profiled(device: str) -> Iterator[profile]:
         activities.append(ProfilerActivity.CUDA)
         torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES)
     try:
-        with profile(activities=activities, profile_memory=True) as profiler:
+        with profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
             yield profiler
     except BaseException:
         if is_cuda:
