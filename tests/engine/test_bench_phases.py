@@ -17,7 +17,7 @@ from fuserl.batch import ShapedBatch
 from fuserl.bench import rl_phases
 from fuserl.bench.decode_steps import MODELS, floor_ms
 from fuserl.bench.phase_costs import phase_costs, rollout_costs
-from fuserl.bench.phases import PhaseClock
+from fuserl.bench.phases import PhaseClock, phase_results, phase_table
 from fuserl.bench.rl_phases import PhasesCase, estimated_bytes, phase_cases, run_case
 from fuserl.bench.timing import Ceilings
 from fuserl.model.config import DecoderConfig
@@ -227,6 +227,12 @@ def test_a_model_of_others_is_timed_without_limits() -> None:
     class Other(torch.nn.Module):
         dtype = torch.float32
 
+    found = phase_results([{"rollout": 0.5, "score": 1.0}] * 2, None, 30, {}, CPU)
+    assert [(one.name, one.tokens_per_second) for one in found] == [
+        *(("rollout", 60), ("score", 30), ("step", 20))
+    ]
+    assert {(one.num_flops, one.share_of_limit, one.mfu(CPU)) for one in found} == {(None,) * 3}
+    assert "| score | 1000 [1000, 1000] | 30 | - | - | - | - | - |" in phase_table(found, CPU)
     steps = rl_phases._Steps(GRPO)
     policy = LanguageModel(MODELS["tiny"])
     policy.trunk = Other()  # type: ignore[assignment]

@@ -126,6 +126,28 @@ def test_what_a_function_costs_is_its_own(
 
 
 @pytest.mark.usefixtures("known_ceilings")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"frozen_layers": 1, "reference": "hydra", "critic": "hydra"},
+        {"critic": "shared", "critic_head": "mlp"},
+        {"lora_rank": 2, "activation_checkpointing": True},
+        {"dtype": "bfloat16", "algorithm": "reinforce", "kl_coef": 0.0},
+    ],
+)
+def test_it_profiles_what_a_run_may_be(
+    options: dict[str, Any], config: Callable[..., ProfileConfig], tmp_path: Path
+) -> None:
+    asked = config(tmp_path, warmup_steps=1, **options)
+    assert asked.reward_model is not None
+    found = profile.profile_step(asked, asked.data, asked.reward_model)
+    for phase in found["phases"]:
+        assert math.isfinite(phase["share_of_limit"])
+        assert phase["share_of_limit"] > 0
+    assert found["phases"][0]["num_flops"] > 0
+
+
+@pytest.mark.usefixtures("known_ceilings")
 def test_a_profile_is_written_over_a_profile_alone(
     config: Callable[..., ProfileConfig], tmp_path: Path, policy_folder: Path
 ) -> None:

@@ -129,17 +129,17 @@ def _phase_at(microseconds: float, ranges: Ranges) -> str | None:
 def read_trace(profiler: profile, most: int) -> Trace:
     """most: operators of a phase."""
     ranges = phase_ranges(profiler)
+    names = set(map(range_of, PHASES))
     of_host: dict[str, dict[str, list[float]]] = {phase: defaultdict(list) for phase in ranges}
     of_device: dict[str, dict[str, list[float]]] = {phase: defaultdict(list) for phase in ranges}
     for event in profiler.events() or ():
         phase = _phase_at(event.time_range.start, ranges)
         if phase is None:
             continue
-        is_phase = event.name == range_of(phase)
         if event.device_type == DeviceType.CPU:
-            name = OUTSIDE if is_phase else event.name
+            name = OUTSIDE if event.name in names else event.name
             of_host[phase][name].append(event.self_cpu_time_total)
-        elif not is_phase:  # on a device a range is an event of its own
+        elif event.name not in names:  # a range is an event on the device too
             of_device[phase][event.name].append(event.time_range.elapsed_us())
 
     def longest(found: Mapping[str, Mapping[str, list[float]]]) -> dict[str, list[Operator]]:
