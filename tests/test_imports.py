@@ -91,7 +91,7 @@ def test_importing_the_kernels_loads_no_transformers() -> None:
     assert fresh(code).strip() == "False"
 
 
-@pytest.mark.parametrize("command", ["--help", "sft --help", "rl --help"])
+@pytest.mark.parametrize("command", ["--help", "sft --help", "rl --help", "profile --help"])
 def test_help_imports_no_torch(command: str) -> None:
     code = f"""
 import sys

@@ -14,6 +14,7 @@ from typing import Any, get_origin
 
 from fuserl import config as configs
 from fuserl.interrupt import EXIT_CODE, Interrupted
+from fuserl.profile_config import ProfileConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,11 @@ COMMANDS = {
     ),
     "rl": Command(
         configs.RLConfig, "fuserl.commands:rl", "PPO or REINFORCE against a reward model"
+    ),
+    "profile": Command(
+        ProfileConfig,
+        "fuserl.profile:run_profile",
+        "where a step of rl spends its time: phases, limits, memory, a trace",
     ),
     "generate": Command(
         configs.GenerateConfig, "fuserl.generate:run_generate", "completions of prompts"

@@ -192,7 +192,7 @@ def prepare_folder(stage: str, config: TrainConfig) -> dict[str, Any] | None:
         raise ValueError(f"{out} holds an unfinished run: add --resume, or --overwrite to lose it")
     if summary.exists():
         raise ValueError(f"{out} holds a finished run: choose another --out, or add --overwrite")
-    if (out / CONFIG_FILE).exists() or any(out.glob("*.safetensors")):
+    if holds_model(out):
         raise ValueError(f"{out} holds a model: choose another --out, or add --overwrite")
     return None
 
@@ -200,6 +200,10 @@ def prepare_folder(stage: str, config: TrainConfig) -> dict[str, Any] | None:
 def holds_run(out: Path) -> bool:
     """Whether the folder holds a run, finished or with a checkpoint."""
     return (out / "summary.json").exists() or Checkpoint(out).exists()
+
+
+def holds_model(out: Path) -> bool:
+    return (out / CONFIG_FILE).exists() or any(out.glob("*.safetensors"))
 
 
 def remove_run(out: Path) -> None:
