@@ -3,12 +3,14 @@
 The choice is not thread local, because autograd runs backward passes in threads of its own.
 `auto` takes triton for CUDA tensors and native for CPU tensors where the op has them and they
 take the dtype, and the reference otherwise. An explicit choice never falls back: it runs or
-raises RuntimeError.
+raises RuntimeError. An op whose native implementation has a CUDA half runs it by that choice only:
+none has been timed against Triton's on a GPU yet.
 """
 
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -17,11 +19,17 @@ from fuserl_kernels import native, triton_runtime
 CHOICES = ("auto", "triton", "native", "reference")
 Table = Mapping[str, Callable]
 
-_DEVICES = {"triton": triton_runtime.device_type(), "native": "cpu"}
-_DTYPES = {
-    "triton": (torch.float32, torch.bfloat16, torch.float16),
-    "native": (torch.float32, torch.bfloat16, torch.float16),
-}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of all but the reference
+
+
+class PerDevice:
+    """An implementation with a function for each type of device."""
+
+    def __init__(self, **functions: Callable) -> None:
+        self.functions = functions
+
+    def __call__(self, tensor: torch.Tensor, *rest: Any) -> Any:
+        return self.functions[tensor.device.type](tensor, *rest)
 
 
 def _valid(choice: str, source: str) -> str:
@@ -50,6 +58,13 @@ def use_backend(choice: str) -> Iterator[None]:
         _choice = previous
 
 
+def _device_types(choice: str, implementation: Callable) -> list[str]:
+    """Where an implementation other than the reference runs."""
+    if isinstance(implementation, PerDevice):
+        return list(implementation.functions)
+    return ["cpu"] if choice == "native" else [triton_runtime.device_type()]
+
+
 def _why_not(choice: str, table: Table, tensor: torch.Tensor) -> str | None:
     """The reason `choice` cannot run an op on `tensor`, with its remedy; None if it can."""
     if choice not in table:
@@ -58,12 +73,16 @@ def _why_not(choice: str, table: Table, tensor: torch.Tensor) -> str | None:
         return None
     if choice == "triton" and (absent := triton_runtime.why_absent()) is not None:
         return absent
-    if tensor.device.type != _DEVICES[choice]:
-        return f"it needs a {_DEVICES[choice]} tensor, not {tensor.device}; move the tensors"
-    if tensor.dtype not in _DTYPES[choice]:
-        names = ", ".join(str(dtype) for dtype in _DTYPES[choice])
+    devices = _device_types(choice, table[choice])
+    if tensor.device.type not in devices:
+        needed = " or ".join(devices)
+        return (
+            f"it needs a {needed} tensor, not {tensor.device}; move the tensors or choose auto"
+        )
+    if tensor.dtype not in _DTYPES:
+        names = ", ".join(str(dtype) for dtype in _DTYPES)
         return f"it takes {names}, not {tensor.dtype}; convert the tensors or choose auto"
-    return native.why_absent() if choice == "native" else None
+    return native.why_absent(tensor.device.type) if choice == "native" else None
 
 
 def select(op: str, table: Table, tensor: torch.Tensor) -> Callable:
@@ -81,9 +100,10 @@ def select(op: str, table: Table, tensor: torch.Tensor) -> Callable:
 
 def available() -> dict[str, str]:
     """For each implementation whether it can run here: "yes" with details, or "no" and why."""
-    reason = native.why_absent()
     report = {"reference": "yes"}
-    report["native"] = f"yes ({native.describe()})" if reason is None else f"no: {reason}"
+    for name, device_type in (("native", "cpu"), ("native cuda", "cuda")):
+        reason = native.why_absent(device_type)
+        report[name] = f"no: {reason}" if reason else f"yes ({native.describe(device_type)})"
     reason = triton_runtime.why_absent()
-    report["triton"] = f"yes ({triton_runtime.describe()})" if reason is None else f"no: {reason}"
+    report["triton"] = f"no: {reason}" if reason else f"yes ({triton_runtime.describe()})"
     return report

@@ -1,4 +1,5 @@
-"""Loads the optional compiled module `fuserl_kernels._native` and says why when it is absent."""
+"""Loads the optional compiled modules, `fuserl_kernels._native` for the CPU and `_cuda` for CUDA
+tensors, and says why one is absent. The functions speak of the CPU's unless told otherwise."""
 
 import functools
 import importlib
@@ -6,26 +7,31 @@ from typing import Any
 
 import torch
 
+_MODULES = {
+    "cpu": ("_native", "CPU", "with FUSERL_BUILD=require to see the compiler's message"),
+    "cuda": ("_cuda", "CUDA", "with FUSERL_BUILD=cuda, where nvcc and a C++ compiler are"),
+}
+
 
 @functools.cache
-def _load() -> tuple[Any, str | None]:
+def _load(device_type: str) -> tuple[Any, str | None]:
+    name, kernels, remedy = _MODULES[device_type]
     try:
-        return importlib.import_module("fuserl_kernels._native"), None
+        return importlib.import_module(f"fuserl_kernels.{name}"), None
     except ImportError as error:
         return None, (
-            f"the compiled CPU kernels are not usable ({error}); install again with "
-            "FUSERL_BUILD=require to see the compiler's message"
+            f"the compiled {kernels} kernels are not usable ({error}); install again {remedy}"
         )
 
 
-def why_absent() -> str | None:
+def why_absent(device_type: str = "cpu") -> str | None:
     """None when the compiled module is loaded, else the reason and the remedy."""
-    return _load()[1]
+    return _load(device_type)[1]
 
 
-def module() -> Any:
+def module(device_type: str = "cpu") -> Any:
     """The compiled module; raises RuntimeError with the reason when it is absent."""
-    loaded, reason = _load()
+    loaded, reason = _load(device_type)
     if reason is not None:
         raise RuntimeError(reason)
     return loaded
@@ -37,8 +43,8 @@ def address(tensor: torch.Tensor | None) -> int:
 
 
 def dtype(tensor: torch.Tensor) -> Any:
-    """The module's name for the dtype of a float32, bf16 or fp16 tensor."""
-    return getattr(module().Dtype, str(tensor.dtype).removeprefix("torch."))
+    """The name that the module for its device has for the dtype of a float32, bf16 or fp16 tensor."""
+    return getattr(module(tensor.device.type).Dtype, str(tensor.dtype).removeprefix("torch."))
 
 
 def advise_large_pages(tensor: torch.Tensor) -> None:
@@ -49,6 +55,6 @@ def advise_large_pages(tensor: torch.Tensor) -> None:
         module().advise_large_pages(tensor.data_ptr(), tensor.nbytes)
 
 
-def describe() -> str:
-    """Compiler and instruction set in use, for a doctor command."""
-    return ", ".join(f"{key} {value}" for key, value in module().build_info().items())
+def describe(device_type: str = "cpu") -> str:
+    """Compiler, and instruction set or architectures, for a doctor command."""
+    return ", ".join(f"{key} {value}" for key, value in module(device_type).build_info().items())

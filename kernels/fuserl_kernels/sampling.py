@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fuserl_kernels import backend, checks
-from fuserl_kernels.native_sampling import sample_native
+from fuserl_kernels.native_sampling import sample_cuda, sample_native
 from fuserl_kernels.reference.sampling import sample_tokens_fwd
 from fuserl_kernels.reference.sequences import compute_dtype
 from fuserl_kernels.registration import register
@@ -20,7 +20,7 @@ from fuserl_kernels.triton_sampling import sample_triton
 FORWARD: backend.Table = {
     "reference": functools.partial(sample_tokens_fwd, ROW_FORWARD["reference"]),
     "triton": sample_triton,
-    "native": sample_native,
+    "native": backend.PerDevice(cpu=sample_native, cuda=sample_cuda),
 }
 
 

@@ -20,8 +20,8 @@ def test_it_reports_the_attention_in_use(capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.parametrize("absent", [None, "no compiler"])
 def test_it_says_how_rollouts_run(absent: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "why_absent", lambda: absent)
-    monkeypatch.setattr(native, "describe", lambda: "made up")
+    monkeypatch.setattr(native, "why_absent", lambda *_: absent)
+    monkeypatch.setattr(native, "describe", lambda *_: "made up")
     cpu, cuda, others = doctor._rollouts(["cpu", "cuda"])
     assert ("C++" in cpu) == (absent is None)
     assert ("bits depend on the batch" in cpu) == (absent is not None)

@@ -41,7 +41,7 @@ def test_a_dtype_that_cannot_run_raises_and_auto_takes_the_reference():
 
 def test_an_absent_native_module_raises_with_the_remedy_and_auto_goes_on(monkeypatch):
     reason = "the compiled CPU kernels are not usable; install again with FUSERL_BUILD=require"
-    monkeypatch.setattr(native, "why_absent", lambda: reason)
+    monkeypatch.setattr(native, "why_absent", lambda *_: reason)
     with fk.use_backend("native"), pytest.raises(RuntimeError, match="FUSERL_BUILD=require"):
         fk.token_logprobs(LOGITS, IDS)
     assert fk.token_logprobs(LOGITS, IDS).isfinite().all()

@@ -152,7 +152,7 @@ def test_its_size(dtype):
 
 
 def test_without_the_compiled_module_it_says_why(monkeypatch):
-    monkeypatch.setattr(native, "_load", lambda: (None, "the kernels are not usable"))
+    monkeypatch.setattr(native, "_load", lambda *_: (None, "the kernels are not usable"))
     with pytest.raises(RuntimeError, match="not usable"):
         PackedWeight.of(torch.randn(3, 4))
 
