@@ -41,8 +41,9 @@ def native_extensions() -> list[Extension]:
 
 
 def cpu_extension() -> Extension:
-    from pybind11.setup_helpers import Pybind11Extension
+    from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 
+    ParallelCompile().install()  # a file a core; setuptools takes one after another
     return Pybind11Extension(
         "fuserl_kernels._native",
         files("*.cpp", "cpu/*.cpp"),
