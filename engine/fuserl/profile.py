@@ -28,7 +28,7 @@ from fuserl.bench.phase_costs import phase_costs
 from fuserl.bench.phases import UNITS, PhaseClock, phase_results, phase_table
 from fuserl.bench.report import describe_machine
 from fuserl.bench.timing import as_milliseconds, measure_ceilings
-from fuserl.bench.traces import Operator, Trace, profiled, read_trace, write_memory
+from fuserl.bench.traces import MEMORY_FILES, Operator, Trace, profiled, read_trace, write_memory
 from fuserl.data.rows import Source
 from fuserl.profile_config import ProfileConfig
 from fuserl.rewards import RewardFunction
@@ -39,12 +39,8 @@ from fuserl.stages.rl_metrics import Clock, lengths_of
 from fuserl.stages.rl_opening import OpenedRun, open_run
 from fuserl.stages.rl_step import experience, learn
 
-TRACE, MEMORY, TABLE = (
-    "trace.json",
-    ("memory_snapshot.pickle", "memory_events.json"),
-    "profile.json",
-)
-FILES = (TRACE, f"{TRACE}.gz", *MEMORY, TABLE)
+TRACE, TABLE = "trace.json", "profile.json"
+FILES = (TRACE, f"{TRACE}.gz", *MEMORY_FILES, TABLE)
 """What a profile leaves, each where it applies."""
 FORMAT = 1
 LARGE_TRACE = 64 << 20
@@ -91,19 +87,18 @@ def profile_step(
     with profiled(device) as profiler:
         steps.take(Clock())
 
+    out.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        (out / name).unlink(missing_ok=True)
+    memory = write_memory(profiler, device, out)  # before anything else takes memory
+    files = {"trace": _write_trace(profiler, out).name, "memory": memory.name}
+    trace = read_trace(profiler, config.num_operators)
+
     peaks = watched.peak_bytes if isinstance(watched, PhaseClock) else {}
     lengths = lengths_of(batch, config)
     num_tokens = sum(lengths.completions)
     costs = phase_costs(opened.learner, lengths, facts.num_slots)
     results = phase_results([timed.seconds], costs, num_tokens, peaks, ceilings)
-    trace = read_trace(profiler, config.num_operators)
-    out.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
-        (out / name).unlink(missing_ok=True)
-    files = {
-        "trace": _write_trace(profiler, out).name,
-        "memory": write_memory(profiler, device, out).name,
-    }
     content = {
         "format": FORMAT,
         "machine": machine,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import fuserl_kernels as fk
 from fuserl import cli
-from fuserl.bench import run
+from fuserl.bench import run, timing
 from fuserl.bench.case import Case, Cost, linear_cost, rows_cost
 from fuserl.bench.checking import Call, bound_for, measure_error
 from fuserl.bench.memory import peak_extra_bytes, why_not_measured
@@ -376,6 +376,30 @@ def test_ceilings_are_plausible() -> None:
     assert 1e8 < ceilings.flops_per_second < 1e16
     first, second = Ceilings(1.0, 4.0, "fp32", 0.003), Ceilings(2.0, 3.0, "fp32", 0.002)
     assert first.better_of(second) == Ceilings(2.0, 4.0, "fp32", 0.002)
+
+
+def test_the_ceiling_is_that_of_the_faster_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_MATMUL_SIZE", {"cpu": 128})
+    monkeypatch.setattr(timing, "_COPY_BYTES", {"cpu": 1 << 20})
+    shapes: list[tuple[int, ...]] = []
+
+    def fast(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        shapes.append((*x.shape, *weight.shape))
+        return x
+
+    def slow(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.01)
+        return x
+
+    monkeypatch.setattr(timing.fk, "fixed_linear", slow)
+    torch_alone = measure_ceilings("cpu", "fp32").flops_per_second
+    assert torch_alone > 2 * 128**3 / 0.01
+    monkeypatch.setattr(timing.fk, "fixed_linear", fast)
+    assert measure_ceilings("cpu", "fp32").flops_per_second > torch_alone
+    assert set(shapes) == {(128,) * 4}
+    shapes.clear()
+    measure_ceilings("cpu", "fp16")
+    assert shapes == [], "it is compiled for fp32 and bf16"
 
 
 def test_the_gradient_in_place_gets_logits_of_its_own_each_time() -> None:

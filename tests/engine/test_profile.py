@@ -7,13 +7,16 @@ import math
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch._C._autograd import DeviceType
+from torch.autograd.profiler_util import Interval
 
 from fuserl import cli, profile
 from fuserl.bench.timing import Ceilings
-from fuserl.bench.traces import OUTSIDE
+from fuserl.bench.traces import OUTSIDE, read_trace
 from fuserl.profile import run_profile
 from fuserl.profile_config import ProfileConfig
 from fuserl.stages.rl_metrics import range_of
@@ -216,6 +219,35 @@ def test_the_command_takes_the_options_of_rl(
     assert "trace.json, memory_events.json, profile.json" in capsys.readouterr().out
     assert cli.main(["profile", *flags]) == 1
     assert "fuserl profile: " in capsys.readouterr().err
+
+
+def test_kernels_are_told_from_the_host_and_from_ranges() -> None:
+    """Events as a profile with a device gives them, where a range is there twice."""
+
+    def event(name: str, start: float, end: float, *, device: bool = False) -> Any:
+        kind = DeviceType.CUDA if device else DeviceType.CPU
+        own = 0.0 if device else end - start
+        return SimpleNamespace(
+            name=name, time_range=Interval(start, end), device_type=kind, self_cpu_time_total=own
+        )
+
+    events = [
+        event("fuserl/score", 0, 100),
+        event("fuserl/score", 5, 90, device=True),
+        event("aten::mm", 10, 20),
+        event("gemm", 15, 55, device=True),
+        event("gemm", 60, 70, device=True),
+        event("copy", 71, 72, device=True),
+        event("fuserl/update", 100, 140),
+        event("gemm", 101, 141, device=True),
+        event("before any phase", -5, -1),
+    ]
+    trace = read_trace(SimpleNamespace(events=lambda: events), 2)  # type: ignore[arg-type]
+    assert [one.name for one in trace.operators["score"]] == [OUTSIDE, "aten::mm"]
+    first, second = trace.kernels["score"]
+    assert (first.name, first.calls, first.share) == ("gemm", 2, 0.5)
+    assert (first.seconds, second.name) == (pytest.approx(50e-6), "copy")
+    assert [one.calls for one in trace.kernels["update"]] == [1]
 
 
 @pytest.mark.gpu

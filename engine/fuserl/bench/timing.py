@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+import fuserl_kernels as fk
 from fuserl.bench.case import DTYPES, Cost
 from fuserl.bench.checking import Call
 from fuserl.bench.rivals import Unavailable
@@ -121,8 +122,9 @@ def wall_ms(call: Call, about_ms: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """Measured: a large copy (bytes read and written), a square matrix product of random data, and
-    on a CUDA device one launch of a kernel that does next to nothing."""
+    """Measured: a large copy (bytes read and written), a square matrix product of random data (on a
+    CPU torch's or the compiled one in a fixed order, whichever is faster: on some processors the
+    second is by far), and on a CUDA device one launch of a kernel that does next to nothing."""
 
     bytes_per_second: float
     flops_per_second: float
@@ -160,6 +162,8 @@ def measure_ceilings(device: str, dtype: str) -> Ceilings:
     a, b = torch.randn(2, size, size, device=device).to(DTYPES[dtype])
     out = torch.empty_like(a)
     matmul_ms = _best(stopwatch, lambda: torch.mm(a, b, out=out))
+    if device == "cpu" and dtype != "fp16":
+        matmul_ms = min(matmul_ms, _best(stopwatch, lambda: fk.fixed_linear(a, b)))
     launch_ms = _best(stopwatch, lambda: source[:1].zero_()) if device == "cuda" else 0.0
     return Ceilings(
         2 * source.nbytes / copy_ms * 1e3, 2 * size**3 / matmul_ms * 1e3, dtype, launch_ms

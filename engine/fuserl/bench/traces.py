@@ -55,7 +55,10 @@ def profiled(device: str) -> Iterator[profile]:
     is_cuda = device == "cuda"
     if is_cuda:
         activities.append(ProfilerActivity.CUDA)
-        torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_ENTRIES)
+        torch.cuda.memory._record_memory_history(
+            max_entries=SNAPSHOT_ENTRIES,
+            stacks="python",  # frames of C++ say little here, and their names are slow to find
+        )
     try:
         with profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
             yield profiler
