@@ -120,10 +120,11 @@ def test_packed_equals_one_sequence_at_a_time(config: DecoderConfig) -> None:
 
 
 @config_of_each_kind
+@pytest.mark.parametrize("from_cache", [True, False])
 @torch.no_grad()
-def test_cached_decode_equals_one_full_forward(config: DecoderConfig) -> None:
-    """Ragged prompts, one of them with two samples, in any items and slots of the cache. On the
-    way a row is dropped, one is turned off in its place, and one takes a slot that came free."""
+def test_cached_decode_equals_one_full_forward(config: DecoderConfig, from_cache: bool) -> None:
+    """Ragged prompts, one of them with two samples, in any items and slots of the cache, computed
+    either way. On the way a row is dropped, one is turned off in its place, and one takes a slot that came free."""
     model = scramble(LanguageModel(config)).trunk
     lengths, capacity = [3, 7, 1, 5], 6
     prompts = random_rows(lengths)
@@ -137,7 +138,7 @@ def test_cached_decode_equals_one_full_forward(config: DecoderConfig) -> None:
     cache.prompt_lengths[items] = torch.tensor(lengths)
     hidden = model.run(
         torch.tensor([token for row in prompts for token in row]),
-        PrefillStep(Packing.of(lengths), cache, items, torch_product),
+        PrefillStep(Packing.of(lengths), cache, items, torch_product, from_cache=from_cache),
     )
     torch.testing.assert_close(hidden, run(model, prompts), rtol=1e-5, atol=1e-5)
 

@@ -76,31 +76,65 @@ class PackedStep:
 
 
 class PrefillStep:
-    """Prompts, whose keys go into the cache, and which see themselves there.
+    """Prompts, whose keys go into the cache.
 
-    prompt_ids: [B] int64, the item of the cache for each sequence of the packing.
+    prompt_ids: [B] int64, the item of the cache for each sequence of the packing. from_cache: the
+    prompts see themselves there, which gives the bits of cached decoding; else by the attention of
+    training, which reads a key once for many queries.
     """
 
     def __init__(
-        self, packing: Packing, cache: KVCache, prompt_ids: Tensor, product: Product
+        self,
+        packing: Packing,
+        cache: KVCache,
+        prompt_ids: Tensor,
+        product: Product,
+        *,
+        from_cache: bool,
     ) -> None:
         self.positions = packing.positions
         self.product = product
-        self._cache = cache
+        self._packing, self._cache = packing, cache
         self._items = prompt_ids[packing.rows]
+        self._lengths = self.positions + 1
+        self._attend = self._from_cache if from_cache else self._packed
 
     def attend(self, attention: Heads, qkv: Tensor) -> Tensor:
-        cache, layer = self._cache, attention.layer
-        keys, values = cache.prompt_keys[layer], cache.prompt_values[layer]
+        layer = attention.layer
+        return self._attend(
+            attention, qkv, self._cache.prompt_keys[layer], self._cache.prompt_values[layer]
+        )
+
+    def _from_cache(self, attention: Heads, qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         query = attention.rotary_kv_write(
-            qkv, self.positions, cache.num_positions, keys, values, self._items, self.positions
+            qkv,
+            self.positions,
+            self._cache.num_positions,
+            keys,
+            values,
+            self._items,
+            self.positions,
         )
         return fk.decode_attention(
             query,
             keys,
             values,
-            self.positions + 1,
+            self._lengths,
             slots=self._items,
+            scale=attention.scale,
+            window=attention.window,
+            softcap=attention.softcap,
+        )
+
+    def _packed(self, attention: Heads, qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        query, key, value = attention.rotary(qkv, self.positions, self._cache.num_positions)
+        keys[self._items, :, self.positions] = key
+        values[self._items, :, self.positions] = value
+        return packed_attention(
+            query,
+            key,
+            value,
+            self._packing,
             scale=attention.scale,
             window=attention.window,
             softcap=attention.softcap,
