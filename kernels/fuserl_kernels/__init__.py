@@ -6,6 +6,7 @@ use_backend).
 """
 
 from fuserl_kernels.advantages import discounted_returns, gae, rewards_to_advantages
+from fuserl_kernels.attention_plan import decode_attention_plan
 from fuserl_kernels.backend import use_backend
 from fuserl_kernels.decode_attention import decode_attention
 from fuserl_kernels.fixed_linear import fixed_linear
@@ -27,6 +28,7 @@ from fuserl_kernels.whitening import masked_moments, masked_whiten
 __all__ = [
     "PRESETS",
     "decode_attention",
+    "decode_attention_plan",
     "discounted_returns",
     "fixed_linear",
     "gae",

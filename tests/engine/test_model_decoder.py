@@ -124,7 +124,8 @@ def test_packed_equals_one_sequence_at_a_time(config: DecoderConfig) -> None:
 @torch.no_grad()
 def test_cached_decode_equals_one_full_forward(config: DecoderConfig, from_cache: bool) -> None:
     """Ragged prompts, one of them with two samples, in any items and slots of the cache, computed
-    either way. On the way a row is dropped, one is turned off in its place, and one takes a slot that came free."""
+    either way. On the way a row is dropped, one is turned off in its place, and one takes a slot
+    that came free."""
     model = scramble(LanguageModel(config)).trunk
     lengths, capacity = [3, 7, 1, 5], 6
     prompts = random_rows(lengths)

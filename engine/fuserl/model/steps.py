@@ -11,6 +11,7 @@ from fuserl.model.cache import KVCache
 from fuserl.model.fixed_attention import fixed_attention
 from fuserl.model.packing import Packing
 from fuserl.model.products import Product, training_product
+from fuserl_kernels.decode_attention import uses_plan
 
 
 class Heads(Protocol):
@@ -153,9 +154,10 @@ class DecodeStep:
     ) -> None:
         self.product = product
         self._cache, self._slots, self._prompt_ids = cache, slots, prompt_ids
-        self._offsets = lengths
+        self._offsets, self._used = lengths, lengths + 1
         positions = cache.prompt_lengths[prompt_ids] + lengths
         self.positions = positions.clamp(max=cache.num_positions - 1)  # of a row that is off
+        self._plan: Tensor | None = None
 
     def attend(self, attention: Heads, qkv: Tensor) -> Tensor:
         cache, layer = self._cache, attention.layer
@@ -168,16 +170,22 @@ class DecodeStep:
             self._slots,
             self._offsets,
         )
+        prompt_keys = cache.prompt_keys[layer]
+        if self._plan is None and uses_plan(query):
+            self._plan = fk.decode_attention_plan(
+                prompt_keys, self._prompt_ids, num_heads=query.shape[1], slots=self._slots
+            )
         return fk.decode_attention(
             query,
             cache.keys[layer],
             cache.values[layer],
-            self._offsets + 1,
+            self._used,
             slots=self._slots,
-            prefix_keys=cache.prompt_keys[layer],
+            prefix_keys=prompt_keys,
             prefix_values=cache.prompt_values[layer],
             prefix_ids=self._prompt_ids,
             prefix_lengths=cache.prompt_lengths,
+            prefix_plan=self._plan,
             scale=attention.scale,
             window=attention.window,
             softcap=attention.softcap,
