@@ -5,6 +5,7 @@ torch.library, works under torch.compile, and picks its implementation when it r
 use_backend).
 """
 
+from fuserl_kernels.advance_rows import advance_rows
 from fuserl_kernels.advantages import discounted_returns, gae, rewards_to_advantages
 from fuserl_kernels.attention_plan import decode_attention_plan
 from fuserl_kernels.backend import use_backend
@@ -27,6 +28,7 @@ from fuserl_kernels.whitening import masked_moments, masked_whiten
 
 __all__ = [
     "PRESETS",
+    "advance_rows",
     "decode_attention",
     "decode_attention_plan",
     "discounted_returns",

@@ -22,6 +22,7 @@ from fuserl.rollout.requests import End
 from fuserl.rollout.runner import RunnerOptions
 from fuserl.rollout.sampling import SamplingParams
 from fuserl.rollout.stopping import StopRule
+from fuserl_kernels.reference import advance_rows
 
 MakeModel = Callable[..., LanguageModel]
 
@@ -198,6 +199,12 @@ def test_a_slot_is_never_passed(make_model: MakeModel) -> None:
         (0, 3, End.LIMIT),
         (1, 2, End.LIMIT),
     ]
+
+
+def test_ends_have_the_kernels_numbers() -> None:
+    assert {end.name: int(end) for end in End} == {
+        name: getattr(advance_rows, name) for name in ("STOP", "LIMIT", "BROKEN")
+    }
 
 
 class Device:

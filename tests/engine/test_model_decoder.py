@@ -154,15 +154,17 @@ def test_cached_decode_equals_one_full_forward(config: DecoderConfig, from_cache
         live = list(ages)
         at = [(row, lengths[prompt_of_row[row]] + ages[row]) for row in live]
         slots = [-1 if row in turned_off else slot_of_row[row] for row in live]
-        before = cache.keys.nan_to_num()
+        before, places = cache.keys.nan_to_num(), torch.tensor(list(ages.values()))
         hidden = model.run(
             torch.tensor([rows[row][place] for row, place in at]),
             DecodeStep(
                 cache,
-                torch.tensor(slots),
-                items[torch.tensor([prompt_of_row[row] for row in live])],
-                torch.tensor(list(ages.values())),
                 torch_product,
+                slots=torch.tensor(slots),
+                prompt_ids=items[torch.tensor([prompt_of_row[row] for row in live])],
+                places=places,
+                used=places + 1,
+                positions=torch.tensor([place for _, place in at]),
             ),
         )
         for row, (_, place), got in zip(live, at, hidden, strict=True):

@@ -98,11 +98,13 @@ class PrefillStep:
         self._packing, self._cache = packing, cache
         self._items = prompt_ids[packing.rows]
         self._lengths = self.positions + 1
-        self._attend = self._from_cache if from_cache else self._packed
+        # Not a bound method: a step that held itself would keep the cache until it is collected.
+        self._reads_cache = from_cache
 
     def attend(self, attention: Heads, qkv: Tensor) -> Tensor:
+        attend = self._from_cache if self._reads_cache else self._packed
         layer = attention.layer
-        return self._attend(
+        return attend(
             attention, qkv, self._cache.prompt_keys[layer], self._cache.prompt_values[layer]
         )
 
@@ -146,17 +148,25 @@ class DecodeStep:
     """The next token of every row.
 
     slots: [B] int64, below 0 for a row that is off: its result is anything, and nothing of it is
-    kept. prompt_ids: [B] int64. lengths: [B] int64, completion tokens already in the slot.
+    kept. prompt_ids: [B] int64. places: [B] int64, of the token in its slot; used: places + 1;
+    positions: of the token in its sequence, below the cache's num_positions for any row.
     """
 
     def __init__(
-        self, cache: KVCache, slots: Tensor, prompt_ids: Tensor, lengths: Tensor, product: Product
+        self,
+        cache: KVCache,
+        product: Product,
+        *,
+        slots: Tensor,
+        prompt_ids: Tensor,
+        places: Tensor,
+        used: Tensor,
+        positions: Tensor,
     ) -> None:
         self.product = product
+        self.positions = positions
         self._cache, self._slots, self._prompt_ids = cache, slots, prompt_ids
-        self._offsets, self._used = lengths, lengths + 1
-        positions = cache.prompt_lengths[prompt_ids] + lengths
-        self.positions = positions.clamp(max=cache.num_positions - 1)  # of a row that is off
+        self._places, self._used = places, used
         self._plan: Tensor | None = None
 
     def attend(self, attention: Heads, qkv: Tensor) -> Tensor:
@@ -168,7 +178,7 @@ class DecodeStep:
             cache.keys[layer],
             cache.values[layer],
             self._slots,
-            self._offsets,
+            self._places,
         )
         prompt_keys = cache.prompt_keys[layer]
         if self._plan is None and uses_plan(query):
