@@ -39,7 +39,10 @@ class LatePoll:
 
     def __init__(self, counts: Tensor) -> None:
         self._counts = counts
-        self._pending = [0] * len(counts)
+        self.restart()
+
+    def restart(self) -> None:
+        self._pending = [0] * len(self._counts)
 
     def look(self) -> list[int]:
         before, self._pending = self._pending, self._counts.tolist()

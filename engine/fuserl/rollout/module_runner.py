@@ -61,6 +61,7 @@ class ModuleRunner:
         # By slot, with a column for rows that are off: final lengths, and what ended them.
         self._endings = torch.zeros(2, shape.num_slots + 1, dtype=torch.int64, device=device)
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # ended, flagged
+        self._poll = Poll(self._counts)
         self._kept: Tensor | None = None
         if options.keep_before:
             sizes = (shape.num_slots + 1, shape.capacity, model.config.hidden_size)
@@ -111,7 +112,8 @@ class ModuleRunner:
         rows = self.rows
         self._counts.zero_()
         self._endings.zero_()
-        poll, live = Poll(self._counts), rows.num_rows
+        self._poll.restart()  # the run before has waited for its end
+        live = rows.num_rows
         left = min(max_steps, self._steps_left)
         if self.graphs is not None:
             self._hold_tables()
@@ -125,7 +127,7 @@ class ModuleRunner:
             self._steps_left -= num_steps
             if left == 0:
                 break
-            num_ended, num_flagged = poll.look()
+            num_ended, num_flagged = self._poll.look()
             if num_ended >= min(enough, live) or num_flagged:
                 break
             if live - num_ended <= KEEP_SHARE * rows.num_rows:
