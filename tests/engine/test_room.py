@@ -4,6 +4,8 @@ what never is."""
 import copy
 import logging
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ import torch
 from late_device import LateRunner, use_late_device
 from rollout_cases import assert_same, completions_of, options_of, requests_of
 
+import fuserl_kernels as fk
+from fuserl import scoring, update
 from fuserl.config import RLConfig
 from fuserl.model.heads import LanguageModel
 from fuserl.optimizer import Optimizer
@@ -20,6 +24,7 @@ from fuserl.rollout import kept_runner, module_runner
 from fuserl.rollout.kept_runner import KEPT_SHARE, RolloutMemory
 from fuserl.rollout.room import with_room
 from fuserl.stages.opening import open_policy
+from fuserl.stages.rl import RLTrainer
 
 MakeModel = Callable[..., LanguageModel]
 
@@ -141,6 +146,49 @@ def test_a_reward_is_asked_once() -> None:
     for _ in range(3):
         assert known("batch", []).tolist() == [1.0, 1.0]  # type: ignore[arg-type]
     assert len(calls) == 2, "an error is no score"
+
+
+@pytest.mark.usefixtures("made")
+def test_a_step_that_runs_out_of_memory_once_is_the_same_step(
+    make_policy: Callable[..., Policy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first step's scoring, and in the second's update behind its first backward pass."""
+    asked: list[int] = []
+
+    def reward(*, completions: list[str], **_: Any) -> list[float]:
+        asked.append(len(completions))
+        return [float(len(text)) for text in completions]
+
+    def train(name: str) -> dict[str, torch.Tensor]:
+        policy = make_policy(seed=1)
+        options: dict[str, Any] = {"steps": 2, "batch_size": 4, "max_new_tokens": 6}
+        options |= {"num_samples": 2, "microbatch_size": 2, "kl_coef": 0.05}
+        rows = [{"prompt": f"the dog {i}"} for i in range(4)]
+        out = tmp_path / name
+        RLTrainer(policy, data=rows, reward=reward, out=out, algorithm="grpo", **options).train()
+        return policy.model.state_dict()
+
+    want = train("whole")
+    whole, asked[:] = list(asked), []
+    short = {"completion_logprobs": 0, "linear_policy_loss": 0}
+
+    def shorten(module: Any, name: str, function: Callable[..., Any], at: int) -> None:
+        def once_short(*args: Any, **kwargs: Any) -> Any:
+            short[name] += 1
+            if short[name] == at:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, once_short)
+
+    monkeypatch.setattr(update, "fk", SimpleNamespace(**vars(fk)))  # its view of the ops
+    shorten(scoring, "completion_logprobs", scoring.completion_logprobs, at=2)
+    shorten(update.fk, "linear_policy_loss", fk.linear_policy_loss, at=6)
+    got = train("short")
+    assert short == {"completion_logprobs": 8 + 2, "linear_policy_loss": 8 + 2}
+    assert asked == whole, "the reward is not asked again"
+    for name, weight in want.items():
+        assert torch.equal(got[name], weight), name
 
 
 # --- what a policy keeps

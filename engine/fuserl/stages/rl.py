@@ -1,6 +1,7 @@
 """Reinforcement learning: rollout, score, shape, update, over one frozen batch record."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from fuserl.exactness import make_exact
 from fuserl.optimizer import Optimizer
 from fuserl.policy import Policy
 from fuserl.recompute import describe_recomputed, recompute
-from fuserl.rewards import FunctionReward, ModelReward, RewardFunction, observe
+from fuserl.rewards import FunctionReward, ModelReward, RewardFunction, observe, once
 from fuserl.rollout.collect import choose_prompts, rollout
 from fuserl.rollout.engine import RolloutFacts
 from fuserl.rollout.kept_runner import RolloutMemory
+from fuserl.rollout.room import with_room
 from fuserl.run import Run, prepare_folder
 from fuserl.scoring import score
 from fuserl.shaping import shape
@@ -134,26 +136,31 @@ class RLTrainer:
                         memory=memory,
                     )
                 with clock.lap("score"):
-                    scored = score(
+                    scoring = partial(
+                        score,
                         sampled,
                         chosen,
-                        reward=reward,
+                        reward=once(reward),
                         reference=models.reference,
                         critic=models.critic,
                         temperature=config.temperature,
                         microbatch_size=config.microbatch_size,
                     )
+                    scored = with_room(memory, "scoring", scoring)
             if config.old_logprobs == "recomputed":
                 with clock.lap("recompute"):
-                    scored = recompute(scored, policy.model, config)
+                    recomputing = partial(recompute, scored, policy.model, config)
+                    scored = with_room(memory, "recomputing log-probabilities", recomputing)
             with clock.lap("shape"):
                 shaped = shape(scored, config)
             watched = observe(monitors, shaped, chosen)  # before weights move: it may raise
             run.check()
             with clock.lap("update"):
-                learned = update(
-                    policy.model, models.critic, optimizer, shaped, config, seed=config.seed + step
+                seed, undo = config.seed + step, partial(optimizer.undo_since, optimizer.steps)
+                learning = partial(
+                    update, policy.model, models.critic, optimizer, shaped, config, seed=seed
                 )
+                learned = with_room(memory, "the update", learning, begin_again=undo)
             recomputed = describe_recomputed(shaped, config)
             saved = hydra_savings(policy.model, models.reference, models.critic, shaped, config)
             shown = ("objective/scores", *(() if shaped.kl is None else ("objective/kl",)))
