@@ -31,7 +31,7 @@ def with_room(
         if not begin_again():
             logger.error(
                 "out of memory in %s, which has changed weights and cannot begin again: lower "
-                "microbatch_size or num_slots",
+                "microbatch_size or rollout_slots",
                 name,
             )
             raise
