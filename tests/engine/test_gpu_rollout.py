@@ -26,6 +26,7 @@ from fuserl.model.heads import LanguageModel
 from fuserl.model.notes import FolderNotes
 from fuserl.policy import Policy
 from fuserl.rollout.captured_step import bucket_of
+from fuserl.rollout.engine import generate
 from fuserl.rollout.kept_runner import RolloutMemory
 from fuserl.rollout.live_rows import NewPrompt, NewRow
 from fuserl.rollout.module_runner import GRAPH_STEPS, ModuleRunner
@@ -281,6 +282,39 @@ def test_another_thread_computes_during_captures(make_model: MakeModel) -> None:
             done.set()
         assert sums.result() == {256.0**3}
     assert_near(got, want)
+
+
+def test_prepared_graphs_let_another_thread_draw_and_wait(make_model: MakeModel) -> None:
+    """Neither works during a capture: there is none after the first token."""
+    model, memory = on_gpu(make_model(seed=3)), RolloutMemory()
+    requests, options = requests_of(8, (25, 9, 14)), options_of(temperature=0.0)
+    want = on_host(completions_of(model, requests, options))
+    rollout = generate(model, requests, options, memory=memory, shares_device=True)
+    got = {(first := next(rollout)).index: first}
+    done = threading.Event()
+
+    def work() -> int:
+        num_draws = 0
+        while not done.is_set() or num_draws == 0:
+            torch.rand(4, device=DEVICE)
+            torch.cuda.synchronize()
+            num_draws += 1
+        return num_draws
+
+    with ThreadPoolExecutor(1) as pool:
+        num_draws = pool.submit(work)
+        try:
+            got |= {completion.index: completion for completion in rollout}
+        finally:
+            done.set()
+        assert num_draws.result() > 0
+    assert isinstance(memory.kept, ModuleRunner)
+    assert memory.kept.graphs is not None
+    num_slots = len(memory.kept.rows.slots)
+    assert set(memory.kept.graphs.sizes) == {
+        bucket_of(n, num_slots) for n in range(1, num_slots + 1)
+    }
+    assert_near(on_host(got), want)
 
 
 def test_expandable_segments_hold_graphs() -> None:

@@ -77,6 +77,13 @@ class ModuleRunner:
         return self._cache
 
     @torch.no_grad()
+    def prepare(self, num_rows: int) -> None:
+        """Capture now what up to num_rows rows can need, instead of when it is needed."""
+        if self.graphs is not None:
+            self._hold_tables()
+            self.graphs.prepare(self._step, num_rows)
+
+    @torch.no_grad()
     def admit(self, prompts: Sequence[NewPrompt], rows: Sequence[NewRow]) -> list[Tensor | None]:
         kept: list[Tensor | None] = []
         for part in _parts(prompts, PREFILL_TOKENS):
