@@ -13,7 +13,11 @@ from fuserl_kernels.reference.attention_plan import decode_attention_plan_fwd, p
 from fuserl_kernels.registration import register
 from fuserl_kernels.triton_attention_plan import plan_triton
 
-FORWARD: backend.Table = {"reference": decode_attention_plan_fwd, "triton": plan_triton}
+FORWARD: backend.Table = {
+    "reference": decode_attention_plan_fwd,
+    "triton": plan_triton,
+    "native": decode_attention_plan_fwd,  # C++ reads no plan: nothing waits for one
+}
 
 
 def _fake(
