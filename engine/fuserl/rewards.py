@@ -32,7 +32,10 @@ class Reward(Protocol):
 
 
 def once(reward: Reward) -> Reward:
-    """A reward of one batch, computed once however often it is asked for."""
+    """A reward of one batch, whose function is called once however often scores are asked for. A
+    model is itself: to run it again costs time and changes nothing."""
+    if isinstance(reward, ModelReward):
+        return reward
     known: list[Tensor] = []
 
     def scores(batch: RolloutBatch, prompts: Sequence[Prompt]) -> Tensor:
