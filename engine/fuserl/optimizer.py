@@ -118,6 +118,15 @@ class Optimizer:
         self._adamw.zero_grad(set_to_none=True)
         return norms
 
+    def undo_since(self, steps: int) -> bool:
+        """Drop the gradients of backward passes since so many steps were taken; False where one
+        was taken since, which nothing undoes."""
+        if self.steps != steps:
+            return False
+        for entry in self._entries():
+            entry.parameter.grad = entry.master.grad = None
+        return True
+
     def state(self) -> dict[str, Tensor]:
         """Moments, step counts and masters by parameter name."""
         state = {}

@@ -16,6 +16,7 @@ from fuserl.model.hub import resolve_folder
 from fuserl.model.lora import merged
 from fuserl.model.notes import FolderNotes, read_notes, write_notes
 from fuserl.rollout import engine
+from fuserl.rollout.kept_runner import RolloutMemory
 from fuserl.rollout.requests import (
     Completion,
     End,
@@ -31,12 +32,28 @@ from fuserl.tokenizer import Tokenizer, load_tokenizer
 
 
 class Policy:
-    """What `load_policy` returns; the trainers train `policy.model` in place."""
+    """What `load_policy` returns; the trainers train `policy.model` in place.
+
+    On a GPU what `generate` and `stream` made for decoding, a cache and captured graphs, waits for
+    the next call if others have room beside it: see `release`.
+    """
 
     def __init__(
         self, model: LanguageModel, tokenizer: Tokenizer | None, notes: FolderNotes, source: str
     ) -> None:
         self.model, self.tokenizer, self.notes, self.source = model, tokenizer, notes, source
+        self._rollouts = RolloutMemory(share=None)
+
+    def release(self) -> None:
+        """Give the device back what the last calls of `generate` and `stream` left for the next,
+        at most two fifths of what was free. The trainers do it before they begin. The next call
+        makes it anew; on a CPU there is nothing."""
+        self._rollouts.release()
+        self._rollouts = RolloutMemory(share=None)
+
+    @property
+    def _keeps(self) -> bool:
+        return self.model.device.type == "cuda"
 
     @property
     def eos_token_id(self) -> int | None:
@@ -185,6 +202,7 @@ class Policy:
             kv_budget_bytes=kv_budget_bytes,
             on_step=on_step,
             facts=facts,
+            memory=self._rollouts if self._keeps else None,
         )
         return (self._finished(completion, n, rule) for completion in completions)
 

@@ -31,6 +31,21 @@ class Reward(Protocol):
         """Scores of the completions, [B] fp32 or [B, T] fp32. NaN: leave the sequence out."""
 
 
+def once(reward: Reward) -> Reward:
+    """A reward of one batch, whose function is called once however often scores are asked for. A
+    model is itself: to run it again costs time and changes nothing."""
+    if isinstance(reward, ModelReward):
+        return reward
+    known: list[Tensor] = []
+
+    def scores(batch: RolloutBatch, prompts: Sequence[Prompt]) -> Tensor:
+        if not known:
+            known.append(reward(batch, prompts))
+        return known[0]
+
+    return scores
+
+
 class ModelReward:
     """Scores by a reward model: its value after the completion's last token, or after each."""
 

@@ -5,7 +5,9 @@ torch.library, works under torch.compile, and picks its implementation when it r
 use_backend).
 """
 
+from fuserl_kernels.advance_rows import advance_rows
 from fuserl_kernels.advantages import discounted_returns, gae, rewards_to_advantages
+from fuserl_kernels.attention_plan import decode_attention_plan
 from fuserl_kernels.backend import use_backend
 from fuserl_kernels.decode_attention import decode_attention
 from fuserl_kernels.fixed_linear import fixed_linear
@@ -26,7 +28,9 @@ from fuserl_kernels.whitening import masked_moments, masked_whiten
 
 __all__ = [
     "PRESETS",
+    "advance_rows",
     "decode_attention",
+    "decode_attention_plan",
     "discounted_returns",
     "fixed_linear",
     "gae",

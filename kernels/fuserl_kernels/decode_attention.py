@@ -14,11 +14,13 @@ import torch
 from fuserl_kernels import backend, checks
 from fuserl_kernels.native_decode_attention import decode_attention_native
 from fuserl_kernels.reference.attention import decode_attention_fwd
+from fuserl_kernels.reference.attention_plan import plan_shape
 from fuserl_kernels.registration import register
 from fuserl_kernels.triton_decode_attention import MAX_HEAD_DIM, decode_attention_triton
 
 
 def _reference(query: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    arguments = arguments[:11]  # a plan changes no result
     if query.device.type == "cpu":  # on CUDA looking at data would wait for the device
         _check_data(*arguments[:-3])
     return decode_attention_fwd(query, *arguments)
@@ -38,7 +40,7 @@ def _fake(query: torch.Tensor, *_: Any) -> torch.Tensor:
 _op = register(
     "decode_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor lengths, "
     "Tensor? slots, Tensor? prefix_keys, Tensor? prefix_values, Tensor? prefix_ids, "
-    "Tensor? prefix_lengths, float scale, int window, float softcap) -> Tensor",
+    "Tensor? prefix_lengths, float scale, int window, float softcap, Tensor? plan=None) -> Tensor",
     FORWARD,
     _fake,
 )
@@ -109,6 +111,22 @@ def _row_numbers(name: str, numbers: torch.Tensor, count: int, query: torch.Tens
     checks.device(name, numbers, "query", query)
 
 
+def _check_plan(plan: torch.Tensor, query: torch.Tensor, prefix_keys: torch.Tensor | None) -> None:
+    if prefix_keys is None:
+        raise ValueError("prefix_keys must be given beside prefix_plan")
+    if not isinstance(plan, torch.Tensor) or plan.dtype != torch.int32:
+        raise ValueError("prefix_plan must be an int32 tensor")
+    expected = plan_shape(prefix_keys, query.shape[0], query.shape[1])
+    checks.shape("prefix_plan", plan, expected, "that of decode_attention_plan for these tensors")
+    checks.device("prefix_plan", plan, "query", query)
+
+
+def uses_plan(query: torch.Tensor) -> bool:
+    """Whether decode_attention of such a query reads a plan: it is worth making one then."""
+    implementation = backend.select("decode_attention", FORWARD, query)
+    return implementation is decode_attention_triton
+
+
 def decode_attention(
     query: torch.Tensor,
     key_cache: torch.Tensor,
@@ -120,6 +138,7 @@ def decode_attention(
     prefix_values: torch.Tensor | None = None,
     prefix_ids: torch.Tensor | None = None,
     prefix_lengths: torch.Tensor | None = None,
+    prefix_plan: torch.Tensor | None = None,
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
@@ -135,6 +154,10 @@ def decode_attention(
         prefix_ids: [B] int64, the row's prompt, negative for none; prefix_lengths: [num_prefixes]
         int64. All four or none. A row attends to its prefix's first prefix_lengths tokens, then to
         its slot's first lengths tokens. A prefix is read once for the rows that share it.
+    prefix_plan: what decode_attention_plan made of these prefix_ids and slots, for whoever calls
+        this several times with them, as the layers of a step do; default: made here. It must be
+        of these very tensors: on CUDA nothing checks that it is. Only the kernel of Triton reads
+        it (`uses_plan`).
     scale: of the scores, default head_dim ** -0.5.
     window: only keys at positions above query position - window, positions running through
         prefix and slot; the query's is the last. Where a window hides a prefix's token from some
@@ -180,6 +203,8 @@ def decode_attention(
         _row_numbers("prefix_lengths", prefix_lengths, prefix_keys.shape[0], query)
     elif prefix != (None, None, None, None):
         raise ValueError("prefix_keys must be given beside the other tensors of the prefix")
+    if prefix_plan is not None:
+        _check_plan(prefix_plan, query, prefix_keys)
     if scale is None:
         scale = head_dim**-0.5
     else:
@@ -201,4 +226,5 @@ def decode_attention(
         float(scale),
         window or 0,
         softcap or 0.0,
+        prefix_plan,
     )

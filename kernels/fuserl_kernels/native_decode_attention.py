@@ -25,8 +25,10 @@ def decode_attention_native(
     scale: float,
     window: int,
     softcap: float,
+    _plan: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns [B, num_heads, head_dim] of query's dtype.
+    """Returns [B, num_heads, head_dim] of query's dtype. It needs no plan: rows that share a prefix
+    find its keys in the processor's caches.
 
     Raises ValueError for a length, slot or prefix that does not exist."""
     query, lengths = _unit_stride(query), lengths.contiguous()

@@ -5,11 +5,14 @@ are the heads that share the kv head. The prefix kernel has one for each (tile o
 prefix, kv head, split). Both leave for each query and split the largest score, the sum of weights
 and the weighted sum of values; the merge kernel folds them in ascending order. The grids follow the
 capacities, and programs past a row's length return at once: lengths are never looked at on the
-host, so a captured graph serves every step. Which rows share a prefix is found on the device too.
+host, so a captured graph serves every step. Which rows share a prefix is found on the device too,
+by the plan: once a step for all layers, where the caller keeps it (triton_attention_plan.py).
 """
 
 import torch
 
+from fuserl_kernels.reference.attention_plan import prefix_tile
+from fuserl_kernels.triton_attention_plan import plan_triton
 from fuserl_kernels.triton_helpers import LOG2E, _cap, _cast
 from fuserl_kernels.triton_runtime import INTERPRETING, Configuration, tl, triton
 
@@ -17,7 +20,6 @@ MAX_HEAD_DIM = 256
 _SPLIT_TOKENS = 256
 SPLIT = tl.constexpr(_SPLIT_TOKENS)
 _MAX_TILE = 64  # queries of a program, at most
-_PREFIX_TILE = {2: 64, 4: 16}  # by bytes of an element
 _BY_HAND = tl.constexpr(INTERPRETING)
 
 
@@ -236,45 +238,6 @@ def _slot_kernel(  # type: ignore[no-untyped-def]
         _store_part(stats_ptr, sums_ptr, part, valid, largest, total, sums, head_dim, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_prefixes"])
-def _plan_kernel(  # type: ignore[no-untyped-def]
-    prefix_ids_ptr,
-    slots_ptr,
-    members_ptr,
-    num_rows,
-    num_prefixes,
-    ROWS: tl.constexpr,  # of a tile
-    BLOCK: tl.constexpr,
-):
-    """Writes each row that has a prefix into a tile of rows with that prefix, in ascending order.
-
-    Prefix p begins at tile (rows with a smaller prefix) // ROWS + p: far enough from the one before
-    for any numbers of rows, and without a sum over tiles."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    prefix = _prefix_of(prefix_ids_ptr, slots_ptr, row, num_rows, num_prefixes)
-    before = tl.zeros((BLOCK,), tl.int32)
-    rank = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, num_rows, BLOCK):
-        other = start + tl.arange(0, BLOCK)
-        others = _prefix_of(prefix_ids_ptr, slots_ptr, other, num_rows, num_prefixes)
-        smaller = (others[None, :] >= 0) & (others[None, :] < prefix[:, None])
-        same = (others[None, :] == prefix[:, None]) & (other[None, :] < row[:, None])
-        before += tl.sum(smaller.to(tl.int32), axis=1)
-        rank += tl.sum(same.to(tl.int32), axis=1)
-    tile = before // ROWS + prefix + rank // ROWS
-    tl.store(members_ptr + tile * ROWS + rank % ROWS, row, mask=prefix >= 0)
-
-
-@triton.jit
-def _prefix_of(prefix_ids_ptr, slots_ptr, row, num_rows, num_prefixes):  # type: ignore[no-untyped-def]
-    """A row's prefix; -1 for none, for one that does not exist and for a row that is off."""
-    prefix = tl.load(prefix_ids_ptr + row, mask=row < num_rows, other=-1)
-    if slots_ptr is not None:
-        slot = tl.load(slots_ptr + row, mask=row < num_rows, other=-1)
-        prefix = tl.where(slot >= 0, prefix, -1)
-    return tl.where((prefix >= 0) & (prefix < num_prefixes), prefix, -1)
-
-
 @triton.jit(
     do_not_specialize=["num_slots", "capacity", "num_prefixes", "prefix_capacity", "window"]
 )
@@ -437,7 +400,6 @@ def prefix_configuration(item_bytes: int, block_d: int) -> Configuration:
     return Configuration(4 if block_d <= 128 else 8, 2, {"BLOCK_N": 64 if block_d <= 128 else 32})
 
 
-PLAN_CONFIGURATION = Configuration(4, 1, {"BLOCK": 64})
 MERGE_CONFIGURATION = Configuration(1, 1)
 
 
@@ -449,13 +411,6 @@ def block_columns(head_dim: int) -> int:
 def slot_tile(group: int) -> int:
     """Queries of a slot program: the heads that share a kv head, 16 at least for a product."""
     return min(_MAX_TILE, max(16, 1 << (group - 1).bit_length()))
-
-
-def prefix_tile(group: int, item_bytes: int) -> tuple[int, int]:
-    """(heads, rows) of a prefix program."""
-    queries = _PREFIX_TILE[item_bytes]
-    heads = min(queries, 1 << (group - 1).bit_length())
-    return heads, queries // heads
 
 
 def decode_attention_triton(
@@ -471,9 +426,11 @@ def decode_attention_triton(
     scale: float,
     window: int,
     softcap: float,
+    plan: torch.Tensor | None = None,  # [num_tiles, rows] int32
 ) -> torch.Tensor:
     """Returns [B, num_heads, head_dim] of query's dtype: one launch for a cache of one split
-    without a prefix, two without a prefix, and three and a fill more with one."""
+    without a prefix, two without a prefix, three with one; a fill and a launch more without its
+    plan."""
     num_rows, num_heads, head_dim = query.shape
     num_slots, num_kv_heads, capacity, _ = key_cache.shape
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -504,14 +461,12 @@ def decode_attention_triton(
     if prefix_parts:
         assert prefix_keys is not None
         assert prefix_values is not None
+        assert prefix_ids is not None
         heads, rows = prefix_tile(group, item_bytes)
-        num_tiles = num_rows // rows + num_prefixes
-        members = torch.full((num_tiles * rows,), -1, dtype=torch.int32, device=query.device)
-        plan = PLAN_CONFIGURATION
-        _plan_kernel[(-(-num_rows // plan.constants["BLOCK"]),)](
-            prefix_ids, slots, members, num_rows, num_prefixes, rows, **plan.arguments()
-        )
-        _prefix_kernel[(num_tiles * num_kv_heads * -(-group // heads), prefix_parts)](
+        if plan is None:
+            plan = plan_triton(prefix_keys, prefix_ids, slots, num_heads)
+        plan = plan.contiguous()
+        _prefix_kernel[(len(plan) * num_kv_heads * -(-group // heads), prefix_parts)](
             query,
             prefix_keys,
             prefix_values,
@@ -519,7 +474,7 @@ def decode_attention_triton(
             slots,
             prefix_ids,
             prefix_lengths,
-            members,
+            plan,
             stats,
             sums,
             num_heads,

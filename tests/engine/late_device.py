@@ -21,10 +21,14 @@ class Replays:
     def __init__(self, rows: LiveRows) -> None:
         self._rows = rows
         self.sizes: list[tuple[int, int, int]] = []  # rows, those of the graph, steps
+        self.prepared: list[int] = []  # for how many rows
 
     @property
     def num_steps(self) -> int:
         return sum(steps for _, _, steps in self.sizes)
+
+    def prepare(self, step: Callable[[int], None], num_rows: int) -> None:
+        self.prepared.append(num_rows)
 
     def replay(self, step: Callable[[int], None], num_rows: int, num_steps: int) -> None:
         size = bucket_of(num_rows, len(self._rows.slots))
@@ -39,7 +43,10 @@ class LatePoll:
 
     def __init__(self, counts: Tensor) -> None:
         self._counts = counts
-        self._pending = [0] * len(counts)
+        self.restart()
+
+    def restart(self) -> None:
+        self._pending = [0] * len(self._counts)
 
     def look(self) -> list[int]:
         before, self._pending = self._pending, self._counts.tolist()

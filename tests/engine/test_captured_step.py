@@ -16,12 +16,14 @@ from fuserl.model.heads import LanguageModel
 from fuserl.policy import Policy
 from fuserl.rollout import captured_step, engine, module_runner
 from fuserl.rollout.captured_step import WARM_UPS, CapturedSteps, bucket_of
+from fuserl.rollout.decode import decode
 from fuserl.rollout.live_rows import LiveRows, NewPrompt, NewRow
 from fuserl.rollout.module_runner import GRAPH_STEPS, ModuleRunner
 from fuserl.rollout.requests import End
 from fuserl.rollout.runner import RunnerOptions
 from fuserl.rollout.sampling import SamplingParams
 from fuserl.rollout.stopping import StopRule
+from fuserl_kernels.reference import advance_rows
 
 MakeModel = Callable[..., LanguageModel]
 
@@ -200,6 +202,12 @@ def test_a_slot_is_never_passed(make_model: MakeModel) -> None:
     ]
 
 
+def test_ends_have_the_kernels_numbers() -> None:
+    assert {end.name: int(end) for end in End} == {
+        name: getattr(advance_rows, name) for name in ("STOP", "LIMIT", "BROKEN")
+    }
+
+
 class Device:
     """Stands for torch.cuda: a graph remembers the step that was called inside of its capture, and
     what it was captured with."""
@@ -299,3 +307,46 @@ def test_a_size_is_captured_once_and_replayed(monkeypatch: pytest.MonkeyPatch) -
     del graphs
     CapturedSteps(rows).replay(step, 1, 1)
     assert device.captures[-1]["stream"] is side, "a stream is used again"
+
+
+def test_all_sizes_may_be_captured_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch)
+    rows = LiveRows(40, 4, 1, 2, torch.float32, torch.device("cpu"))
+    rows.slots.copy_(torch.arange(40))
+    ran: list[int] = []
+
+    def step(num_rows: int) -> None:
+        if device.capturing is None:
+            assert rows.slots[:num_rows].eq(-1).all(), "a live row takes no step"
+            ran.append(num_rows)
+        else:
+            device.capturing["graph"].steps.append(lambda: ran.append(-num_rows))
+
+    graphs = CapturedSteps(rows)
+    graphs.prepare(step, 20)
+    assert graphs.sizes == (32, 16, 8, 4, 2, 1)
+    assert rows.slots.tolist() == list(range(40))
+    assert ran == [size for size in graphs.sizes for _ in range(WARM_UPS)]
+    ran.clear()
+    for num_rows in (20, 3, 1):
+        graphs.replay(step, num_rows, 1)
+    assert ran == [-32, -4, -1], "replayed, and nothing captured"
+
+
+def test_what_shares_the_device_meets_no_capture(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rollout whose completions are handed on as they finish, to a thread maybe."""
+    made = use_late_device(monkeypatch)
+    model, options = make_model(seed=2), {"max_new_tokens": 5, "sampling": SamplingParams()}
+    alone = decode(model, [[5, 6], [7]], **options)  # type: ignore[arg-type]
+    handed: list[int] = []
+    shared = decode(
+        model,
+        [[5, 6], [7]],
+        on_completion=lambda completion: handed.append(completion.index),
+        **options,  # type: ignore[arg-type]
+    )
+    assert [runner.graphs.prepared for runner in made] == [[], [2]]
+    assert sorted(handed) == [0, 1]
+    assert torch.equal(shared.token_ids, alone.token_ids)

@@ -7,7 +7,12 @@ weights so large that no two logits come close, and log-probabilities to within 
 
 import copy
 import logging
+import os
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -21,6 +26,7 @@ from fuserl.model.heads import LanguageModel
 from fuserl.model.notes import FolderNotes
 from fuserl.policy import Policy
 from fuserl.rollout.captured_step import bucket_of
+from fuserl.rollout.engine import generate
 from fuserl.rollout.kept_runner import RolloutMemory
 from fuserl.rollout.live_rows import NewPrompt, NewRow
 from fuserl.rollout.module_runner import GRAPH_STEPS, ModuleRunner
@@ -245,6 +251,93 @@ def test_graphs_share_their_memory(make_model: MakeModel) -> None:
             runner.graphs.replay(runner._step, size, 1)
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() - largest < 256 << 20
+
+
+def test_another_thread_computes_during_captures(make_model: MakeModel) -> None:
+    """As a reward that is computed while sampling goes on: it launches, allocates and waits for its
+    own results."""
+    model = on_gpu(make_model(seed=3))
+    requests, options = requests_of(8, (25, 9, 14)), options_of(temperature=0.0)
+    want = on_host(completions_of(model, requests, options))
+    done = threading.Event()
+
+    def work() -> set[float]:
+        sums, x = set(), torch.ones(256, 256, device=DEVICE)
+        while not done.is_set():
+            sums.add((x @ x).sum().item())
+            x = x.clone()
+        return sums
+
+    with ThreadPoolExecutor(1) as pool:
+        sums = pool.submit(work)
+        try:
+            got = on_host(completions_of(model, requests, options))
+        finally:
+            done.set()
+        assert sums.result() == {256.0**3}
+    assert_near(got, want)
+
+
+def test_prepared_graphs_let_another_thread_draw_and_wait(make_model: MakeModel) -> None:
+    """Neither works during a capture: there is none after the first token."""
+    model, memory = on_gpu(make_model(seed=3)), RolloutMemory()
+    requests, options = requests_of(8, (25, 9, 14)), options_of(temperature=0.0)
+    want = on_host(completions_of(model, requests, options))
+    rollout = generate(model, requests, options, memory=memory, shares_device=True)
+    got = {(first := next(rollout)).index: first}
+    done = threading.Event()
+
+    def work() -> int:
+        num_draws = 0
+        while not done.is_set() or num_draws == 0:
+            torch.rand(4, device=DEVICE)
+            torch.cuda.synchronize()
+            num_draws += 1
+        return num_draws
+
+    with ThreadPoolExecutor(1) as pool:
+        num_draws = pool.submit(work)
+        try:
+            got |= {completion.index: completion for completion in rollout}
+        finally:
+            done.set()
+        assert num_draws.result() > 0
+    assert isinstance(memory.kept, ModuleRunner)
+    assert memory.kept.graphs is not None
+    num_slots = len(memory.kept.rows.slots)
+    assert set(memory.kept.graphs.sizes) == {
+        bucket_of(n, num_slots) for n in range(1, num_slots + 1)
+    }
+    assert_near(on_host(got), want)
+
+
+def test_expandable_segments_hold_graphs() -> None:
+    """The allocator's other way to get memory, which is chosen before the first allocation."""
+    chosen = ("one_graph_a_size", "moved_weights", "share_their_memory")
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", " or ".join(chosen)]
+    environment = os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout[-3000:]
+    assert f"{len(chosen)} passed" in found.stdout
+
+
+def test_a_policy_captures_once(make_model: MakeModel) -> None:
+    """Its second call finds the graphs of the first, and nothing is held after release."""
+    policy = Policy(on_gpu(make_model(seed=3)), None, FolderNotes(), "made")
+    prompts = [[5, 6, 7], [8, 9]]
+    first = policy.generate(prompts, max_new_tokens=20, n=4)
+    kept = policy._rollouts.kept
+    assert isinstance(kept, ModuleRunner)
+    assert kept.graphs is not None
+    sizes = kept.graphs.sizes
+    again = policy.generate(prompts, max_new_tokens=20, n=4)
+    assert again.token_ids == first.token_ids
+    assert policy._rollouts.kept is kept
+    assert kept.graphs.sizes == sizes
+    held = torch.cuda.memory_reserved()
+    del kept
+    policy.release()
+    assert torch.cuda.memory_reserved() < held
 
 
 def test_out_of_memory_goes_on_with_fewer_slots(

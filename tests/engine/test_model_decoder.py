@@ -120,10 +120,12 @@ def test_packed_equals_one_sequence_at_a_time(config: DecoderConfig) -> None:
 
 
 @config_of_each_kind
+@pytest.mark.parametrize("from_cache", [True, False])
 @torch.no_grad()
-def test_cached_decode_equals_one_full_forward(config: DecoderConfig) -> None:
-    """Ragged prompts, one of them with two samples, in any items and slots of the cache. On the
-    way a row is dropped, one is turned off in its place, and one takes a slot that came free."""
+def test_cached_decode_equals_one_full_forward(config: DecoderConfig, from_cache: bool) -> None:
+    """Ragged prompts, one of them with two samples, in any items and slots of the cache, computed
+    either way. On the way a row is dropped, one is turned off in its place, and one takes a slot
+    that came free."""
     model = scramble(LanguageModel(config)).trunk
     lengths, capacity = [3, 7, 1, 5], 6
     prompts = random_rows(lengths)
@@ -137,7 +139,7 @@ def test_cached_decode_equals_one_full_forward(config: DecoderConfig) -> None:
     cache.prompt_lengths[items] = torch.tensor(lengths)
     hidden = model.run(
         torch.tensor([token for row in prompts for token in row]),
-        PrefillStep(Packing.of(lengths), cache, items, torch_product),
+        PrefillStep(Packing.of(lengths), cache, items, torch_product, from_cache=from_cache),
     )
     torch.testing.assert_close(hidden, run(model, prompts), rtol=1e-5, atol=1e-5)
 
@@ -152,15 +154,17 @@ def test_cached_decode_equals_one_full_forward(config: DecoderConfig) -> None:
         live = list(ages)
         at = [(row, lengths[prompt_of_row[row]] + ages[row]) for row in live]
         slots = [-1 if row in turned_off else slot_of_row[row] for row in live]
-        before = cache.keys.nan_to_num()
+        before, places = cache.keys.nan_to_num(), torch.tensor(list(ages.values()))
         hidden = model.run(
             torch.tensor([rows[row][place] for row, place in at]),
             DecodeStep(
                 cache,
-                torch.tensor(slots),
-                items[torch.tensor([prompt_of_row[row] for row in live])],
-                torch.tensor(list(ages.values())),
                 torch_product,
+                slots=torch.tensor(slots),
+                prompt_ids=items[torch.tensor([prompt_of_row[row] for row in live])],
+                places=places,
+                used=places + 1,
+                positions=torch.tensor([place for _, place in at]),
             ),
         )
         for row, (_, place), got in zip(live, at, hidden, strict=True):

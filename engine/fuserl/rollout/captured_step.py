@@ -66,19 +66,32 @@ class CapturedSteps:
         """Those captured so far, in that order."""
         return tuple(self._graphs)
 
+    def prepare(self, step: Callable[[int], None], num_rows: int) -> None:
+        """Capture every size that up to num_rows rows can need, the largest first: the others fit
+        into its memory. Rows that are live meanwhile stay as they are."""
+        num_slots = len(self._rows.slots)
+        sizes = {bucket_of(n, num_slots) for n in range(1, num_rows + 1)}
+        for size in sorted(sizes, reverse=True):
+            self._graph(step, size)
+
     def replay(self, step: Callable[[int], None], num_rows: int, num_steps: int) -> None:
         """num_steps steps of the first num_rows rows; those behind them, up to the captured size,
         are turned off."""
         rows = self._rows
         size = bucket_of(num_rows, len(rows.slots))
+        graph = self._graph(step, size)
         with torch.cuda.device(rows.slots.device):
-            if size not in self._graphs:
-                began = time.perf_counter()
-                self._graphs[size] = self._capture(step, size)
-                self.seconds += time.perf_counter() - began
             rows.slots[num_rows:size] = -1
             for _ in range(num_steps):
-                self._graphs[size].replay()
+                graph.replay()
+
+    def _graph(self, step: Callable[[int], None], size: int) -> torch.cuda.CUDAGraph:
+        if size not in self._graphs:
+            began = time.perf_counter()
+            with torch.cuda.device(self._rows.slots.device):
+                self._graphs[size] = self._capture(step, size)
+            self.seconds += time.perf_counter() - began
+        return self._graphs[size]
 
     def _capture(self, step: Callable[[int], None], size: int) -> torch.cuda.CUDAGraph:
         rows = self._rows

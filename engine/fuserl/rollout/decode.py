@@ -91,6 +91,7 @@ def decode(
         on_step=on_step,
         facts=facts,
         memory=memory,
+        shares_device=on_completion is not None,  # which may hand it to a thread
     ):
         finished[completion.index] = completion
         if on_completion is not None:

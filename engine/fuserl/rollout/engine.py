@@ -69,13 +69,16 @@ def generate(
     on_step: Callable[[], None] | None = None,
     facts: RolloutFacts | None = None,
     memory: RolloutMemory | None = None,
+    shares_device: bool = False,
 ) -> Iterator[Completion]:
     """Completions in the order in which they finish; `index` says whose they are.
 
     num_slots: sequences decoded at a time; kv_budget_bytes: for keys and values; defaults: see
     plan.py. on_step is called every few tokens and may raise to give the rollout up. facts: filled
     in. memory: what stays on a CUDA device for the next rollout, default nothing. When memory runs
-    out, the rollout goes on with half the slots; what had finished stays.
+    out, the rollout goes on with half the slots; what had finished stays. shares_device: another
+    thread may use the device meanwhile: all graphs are captured before the first token, as what
+    that thread does during a capture may fail.
 
     The model's weights must not change before the last completion is drawn.
 
@@ -93,6 +96,8 @@ def generate(
                 lease = memory.take(
                     make_runner(model), model, requests, options, num_slots, kv_budget_bytes
                 )
+            if shares_device and isinstance(lease.runner, ModuleRunner):
+                lease.runner.prepare(lease.shape.num_slots)
             facts.num_slots = lease.shape.num_slots
             facts.cache_bytes = lease.runner.cache_bytes
             facts.weight_bytes = lease.runner.weight_bytes

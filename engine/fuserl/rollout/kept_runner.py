@@ -14,14 +14,15 @@ from fuserl.model.cache import CacheShape
 from fuserl.model.heads import LanguageModel
 from fuserl.model.lora_linear import LoRALinear
 from fuserl.rollout.module_runner import ModuleRunner
-from fuserl.rollout.plan import plan_cache, shape_for, wanted_slots
+from fuserl.rollout.plan import free_bytes, plan_cache, shape_for, wanted_slots
 from fuserl.rollout.requests import PromptRequest
 from fuserl.rollout.runner import Runner, RunnerOptions
 from fuserl_kernels import backend
 from fuserl_kernels.decode_attention import FORWARD
 
 KEPT_SHARE = 0.4
-"""Of the memory that is free when a runner is made which stays: training needs the rest."""
+"""Of the memory that is free when a runner is made, which its cache may hold between rollouts:
+whoever works on the device meanwhile needs the rest."""
 PROMPT_ROOM = 64
 """Prompts of a kept runner have room up to a multiple of it: the longest prompt of the next rollout
 is seldom longer."""
@@ -37,6 +38,8 @@ class Lease:
     key: tuple[object, ...]
     is_short: bool
     """Whether memory had room for fewer slots than were wanted."""
+    stays: bool
+    """Whether the runner may wait for the next rollout."""
 
     def part(self, wanted: CacheShape) -> CacheShape | None:
         """What a rollout that wants this shape uses of the cache; None where that is too small."""
@@ -55,9 +58,11 @@ class RolloutMemory:
     A rollout that ends early, by an error or because nobody asked for its rest, leaves none.
     """
 
-    def __init__(self, keeps: bool = True) -> None:
-        """keeps: False where there will be one rollout."""
-        self._keeps = keeps
+    def __init__(self, keeps: bool = True, share: float | None = KEPT_SHARE) -> None:
+        """keeps: False where there will be one rollout. share: of free memory, that a cache is made
+        with; None: as much as for one rollout alone, and a larger cache than KEPT_SHARE is not
+        kept."""
+        self._keeps, self._share = keeps, share
         self._kept: Lease | None = None
         self._most_slots: int | None = None
         self.num_slots = 1
@@ -96,24 +101,29 @@ class RolloutMemory:
             kept = None
             torch.cuda.empty_cache()  # what only its graphs used comes back no other way
         stays = self._keeps and model.device.type == "cuda"
-        share = KEPT_SHARE if stays else None
+        most = KEPT_SHARE * free_bytes(model.device) if self._keeps else 0.0
+        share = self._share if stays else None
         shape = plan_cache(model, requests, num_slots, budget_bytes, share)
         if stays:
             room = -(-shape.prompt_capacity // PROMPT_ROOM) * PROMPT_ROOM
             shape = replace(shape, prompt_capacity=min(room, model.config.max_positions))
         self.num_slots = shape.num_slots
+        is_small = shape.num_bytes(model.config, model.trunk.dtype) <= most
         return Lease(
             runner=make(model, shape, options),
             shape=shape,
             cache=shape,
             key=key,
             is_short=shape.num_slots < num_slots,
+            stays=self._share is not None or is_small,
         )
 
     def put_back(self, lease: Lease) -> None:
         """After a rollout that ended well."""
         runner = lease.runner
-        if self._keeps and isinstance(runner, ModuleRunner) and runner.graphs is not None:
+        if not self._keeps or not isinstance(runner, ModuleRunner) or runner.graphs is None:
+            return
+        if lease.stays:
             self._kept = lease
 
     def shrink(self) -> int:
@@ -128,11 +138,24 @@ class RolloutMemory:
         self._kept = None
         torch.cuda.empty_cache()
 
+    def give_way(self) -> None:
+        """Another's work ran out of memory: release what is kept, and from now on make caches of
+        half the share of free memory."""
+        if self._share is not None:
+            self._share /= 2
+        self.release()
+
+    def __reduce__(self) -> tuple[type, tuple[bool, float | None]]:
+        """A copy keeps nothing: graphs hold the addresses of one model."""
+        return RolloutMemory, (self._keeps, self._share)
+
 
 def _key(model: LanguageModel, options: RunnerOptions) -> tuple[object, ...]:
     """Equal as long as captured graphs are valid. Seed and temperature are numbers in them; which
-    adapters are on, and which kernels are chosen, decided what was launched."""
+    adapters are on, which kernels are chosen, and how torch makes products in float32 decided what
+    was launched."""
     addresses = tuple(parameter.data_ptr() for parameter in model.parameters())
     adapters = tuple(m.is_on for m in model.modules() if isinstance(m, LoRALinear))
     kernels = backend.select("decode_attention", FORWARD, model.output_weight)
-    return id(model), addresses, adapters, kernels, options
+    precision = torch.get_float32_matmul_precision()
+    return id(model), addresses, adapters, kernels, precision, options

@@ -61,9 +61,7 @@ class ModuleRunner:
         # By slot, with a column for rows that are off: final lengths, and what ended them.
         self._endings = torch.zeros(2, shape.num_slots + 1, dtype=torch.int64, device=device)
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # ended, flagged
-        # A number of the host's in torch.where would be a launch of its own in every step.
-        numbers = (-1, shape.num_slots, 0, End.STOP, End.LIMIT, End.BROKEN)
-        self._numbers = torch.tensor([int(number) for number in numbers], device=device).unbind()
+        self._poll = Poll(self._counts)
         self._kept: Tensor | None = None
         if options.keep_before:
             sizes = (shape.num_slots + 1, shape.capacity, model.config.hidden_size)
@@ -77,6 +75,13 @@ class ModuleRunner:
     @property
     def cache(self) -> KVCache:
         return self._cache
+
+    @torch.no_grad()
+    def prepare(self, num_rows: int) -> None:
+        """Capture now what up to num_rows rows can need, instead of when it is needed."""
+        if self.graphs is not None:
+            self._hold_tables()
+            self.graphs.prepare(self._step, num_rows)
 
     @torch.no_grad()
     def admit(self, prompts: Sequence[NewPrompt], rows: Sequence[NewRow]) -> list[Tensor | None]:
@@ -94,7 +99,10 @@ class ModuleRunner:
         packing = Packing.of(lengths, device)
         items = torch.tensor([prompt.item for prompt in prompts], device=device)
         self._cache.prompt_lengths[items] = torch.tensor(lengths, device=device)
-        step = PrefillStep(packing, self._cache, items, self._product)
+        # The bits of cached decoding are wanted on a CPU, where a test holds every row to them, and
+        # by the exact mode; elsewhere prompts are read as training reads them.
+        from_cache = device.type == "cpu" or self._trunk.exact
+        step = PrefillStep(packing, self._cache, items, self._product, from_cache=from_cache)
         hidden, stream = self._pass(token_ids, step)
         self.rows.prompt_hidden[items] = hidden[packing.last]
         return [None] * len(prompts) if stream is None else list(stream.split(lengths))
@@ -111,7 +119,8 @@ class ModuleRunner:
         rows = self.rows
         self._counts.zero_()
         self._endings.zero_()
-        poll, live = Poll(self._counts), rows.num_rows
+        self._poll.restart()  # the run before has waited for its end
+        live = rows.num_rows
         left = min(max_steps, self._steps_left)
         if self.graphs is not None:
             self._hold_tables()
@@ -125,7 +134,7 @@ class ModuleRunner:
             self._steps_left -= num_steps
             if left == 0:
                 break
-            num_ended, num_flagged = poll.look()
+            num_ended, num_flagged = self._poll.look()
             if num_ended >= min(enough, live) or num_flagged:
                 break
             if live - num_ended <= KEEP_SHARE * rows.num_rows:
@@ -165,9 +174,8 @@ class ModuleRunner:
         """A token for each of the first num_rows rows. Reads and writes arrays that never move, and
         nothing of what it does depends on what they hold."""
         rows, sampling = self.rows, self._options.sampling
-        off, last_slot, none, stop, limit, broken = self._numbers
         slots, lengths = rows.slots[:num_rows], rows.lengths[:num_rows]
-        hidden = rows.hidden[:num_rows]
+        hidden, prompt_ids = rows.hidden[:num_rows], rows.prompt_ids[:num_rows]
         drawn, logprobs, truncated = fk.sample_tokens(
             self._logits(hidden),
             temperature=sampling.temperature,
@@ -178,40 +186,38 @@ class ModuleRunner:
             request_ids=rows.request_ids[:num_rows],
             positions=lengths,
         )
-        live = slots >= 0
-        at = torch.where(live, slots, last_slot)  # there is one more, for what is off
-        where = (at, lengths.clamp(max=rows.token_ids.shape[1] - 1))
-        rows.token_ids.index_put_(where, drawn)
-        rows.logprobs.index_put_(where, logprobs.float())
-        rows.truncated_logprobs.index_put_(where, truncated.float())
-
-        token_ids = drawn.clamp(min=0)
-        longer = lengths + live
-        end = torch.where(longer >= rows.limits[:num_rows], limit, none)
-        if self._is_stop is not None:
-            end = torch.where(self._is_stop[token_ids], stop, end)
-        end = torch.where(drawn < 0, broken, end)
-        end = torch.where(live, end, none)
-        ended = end > 0
-        final_lengths, ended_by = self._endings
-        # A row is on until it ends: what is written for it last stays.
-        final_lengths.index_put_((at,), longer)
-        ended_by.index_put_((at,), end)
-        self._counts[0].add_(ended.sum())
-        if self._is_flag is not None:
-            self._counts[1].add_((live & ~ended & self._is_flag[token_ids]).sum())
-
-        prompt_ids = rows.prompt_ids[:num_rows]
-        still = torch.where(ended, off, slots)
-        # The stream of a last token is wanted too, where streams are kept.
-        computed = still if self._kept is None else slots
-        step = DecodeStep(self._cache, computed, prompt_ids, where[1], self._product)
-        following, stream = self._pass(token_ids, step)
+        row = fk.advance_rows(
+            drawn,
+            logprobs,
+            truncated,
+            slots=slots,
+            lengths=lengths,
+            limits=rows.limits[:num_rows],
+            prompt_ids=prompt_ids,
+            prompt_lengths=self._cache.prompt_lengths,
+            token_rows=rows.token_ids,
+            logprob_rows=rows.logprobs,
+            truncated_rows=rows.truncated_logprobs,
+            endings=self._endings,
+            counts=self._counts,
+            is_stop=self._is_stop,
+            is_flag=self._is_flag,
+            num_positions=self._cache.num_positions,
+        )
+        step = DecodeStep(
+            self._cache,
+            self._product,
+            # The stream of a last token is wanted too, where streams are kept.
+            slots=slots if self._kept is None else row.slots,
+            prompt_ids=prompt_ids,
+            places=row.places,
+            used=row.used,
+            positions=row.positions,
+        )
+        following, stream = self._pass(row.token_ids, step)
         if self._kept is not None and stream is not None:
-            self._kept.index_put_(where, stream)
+            self._kept.index_put_((row.at, row.places), stream)
         hidden.copy_(following)
-        lengths.copy_(longer)
-        slots.copy_(still)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         if self._packed is None:

@@ -20,7 +20,7 @@ class PromptRequest:
 
 
 class End(IntEnum):
-    """Why a completion ended; as in csrc/cpu/decoder.h."""
+    """Why a completion ended; the numbers are also those of fk.advance_rows and decoder.h."""
 
     STOP = 1  # EOS, a stop id or a stop string
     LIMIT = 2

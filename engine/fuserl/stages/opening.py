@@ -43,6 +43,7 @@ def open_policy(
 ) -> Policy:
     """The policy of config.model, or one that is handed over, with the templates asked for."""
     policy = given or load_policy(config.model, device=config.device, dtype=dtype)
+    policy.release()  # training has another use for the memory
     device = policy.model.device
     if config.device is not None and default_device(config.device) != device:
         raise ValueError(f"device {config.device!r} was asked for, but the policy is on {device}")

@@ -4,8 +4,10 @@ tokens each; the prefix of 512 tokens for 32 prompts."""
 from collections.abc import Iterator
 from typing import Any
 
+from fuserl_kernels import triton_attention_plan as plan
 from fuserl_kernels import triton_decode_attention as attention
 from fuserl_kernels.compile_cases.case import ITEM_BYTES, Case, arguments_of
+from fuserl_kernels.reference.attention_plan import prefix_tile
 
 _NUM_ROWS, _NUM_HEADS, _NUM_KV_HEADS = 256, 32, 8
 _NUM_TOKENS, _NUM_PREFIXES, _PREFIX_TOKENS = 1024, 32, 512
@@ -68,7 +70,7 @@ def cases(target: str) -> Iterator[Case]:
         )
         if "WHOLE" in given:
             continue
-        heads, rows = attention.prefix_tile(4, ITEM_BYTES[dtype])
+        heads, rows = prefix_tile(4, ITEM_BYTES[dtype])
         yield Case(
             "decode_attention",
             f"prefix, {', '.join(words)}",
@@ -84,9 +86,9 @@ def cases(target: str) -> Iterator[Case]:
         "decode_attention",
         "plan",
         target,
-        attention._plan_kernel,
-        attention.PLAN_CONFIGURATION,
-        arguments_of(attention._plan_kernel, _TYPES | {"ROWS": 16}),
+        plan._plan_kernel,
+        plan.PLAN_CONFIGURATION,
+        arguments_of(plan._plan_kernel, _TYPES | {"ROWS": 16}),
         8,
         0,
         12 * _NUM_ROWS,
