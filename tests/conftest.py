@@ -43,6 +43,7 @@ def _seed_and_poison(request: pytest.FixtureRequest) -> Iterator[None]:
     else:
         _leave_poison()
     yield
+    _leave_if_device_is_lost()
     if large:
         _free_device_memory()
 
@@ -51,6 +52,17 @@ def _leave_poison() -> None:
     sizes = [*[_SMALL_BYTES] * _SMALL_BLOCKS, _LARGE_BYTES]
     blocks = [torch.full((size,), 255, dtype=torch.uint8, device="cuda") for size in sizes]
     del blocks  # bytes of 255 are NaN in every floating dtype, and -1 in every signed one
+
+
+def _leave_if_device_is_lost() -> None:
+    """After an illegal access every later call of this process fails, whichever op it is of. A
+    worker of xdist then ends with the test that did it, and another one takes the rest."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        raise
 
 
 def _free_device_memory() -> None:

@@ -71,6 +71,11 @@ def test_bad(): assert 1 == 2
 def test_left_out(): pytest.skip("no reason")
 def test_ends_badly(breaks_afterwards): pass
 """
+DEADLY = """
+def test_dies():
+    import os
+    os._exit(1)
+"""
 CONFTEST = """
 import sys
 sys.path.insert(0, {root!r})
@@ -92,7 +97,7 @@ def test_the_report_says_what_each_test_came_to(tmp_path: Path, workers: list[st
     if workers:
         pytest.importorskip("xdist", reason="without pytest-xdist tests run in one process only")
     (tmp_path / "conftest.py").write_text(CONFTEST.format(root=str(ROOT / "tests")))
-    (tmp_path / "test_some.py").write_text(OUTCOMES)
+    (tmp_path / "test_some.py").write_text(OUTCOMES + (DEADLY if workers else ""))
     (tmp_path / "test_broken.py").write_text("import no_such_module\n")
     arguments = ["--continue-on-collection-errors", *workers, str(tmp_path)]
     lines = lines_of(tmp_path / "report.jsonl", *arguments, cwd=tmp_path)
@@ -101,7 +106,11 @@ def test_the_report_says_what_each_test_came_to(tmp_path: Path, workers: list[st
     by_kind: dict[str, list[dict[str, Any]]] = {}
     for line in lines[1:-1]:
         by_kind.setdefault(line["kind"], []).append(line)
-    assert len(by_kind["collected"]) == 4
+    if workers:  # where a worker dies its test has failed, and another worker goes on
+        dead = [line for line in by_kind["outcome"] if line["id"].endswith("test_dies")]
+        assert [(line["outcome"], line["ops"]) for line in dead] == [("failed", None)]
+        by_kind["outcome"].remove(dead[0])
+    assert len(by_kind["collected"]) == 4 + bool(workers)
     (broken,) = by_kind["collection_error"]
     assert broken["id"].endswith("test_broken.py")
     assert "no_such_module" in broken["reason"]

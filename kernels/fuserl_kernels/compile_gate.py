@@ -1,10 +1,12 @@
 """`python -m fuserl_kernels.compile_gate`: every Triton kernel compiles for every target, and fits.
 
 Each kernel, configuration and typical signature (compile_cases/) is compiled ahead of time on any
-machine, with or without a GPU. For NVIDIA targets registers and stack are read from the cubin
-with the cuobjdump of Triton's wheel, shared memory from Triton's metadata, and the occupancy is
-computed from the three; for AMD the assembler's own counts are read. A row fails where it does not
-compile, spills more than its case allows, or keeps fewer warps resident. Exit code 1 then.
+machine, with or without a GPU. For NVIDIA targets registers and stack are read from the cubin,
+shared memory from Triton's metadata, and the occupancy is computed from the three; for AMD the
+assembler's own counts are read. Where a case expects any of Hopper's instructions, they are
+counted. A row fails where it does not compile, spills more than its case allows, keeps fewer warps
+resident, reads its tensors in narrower pieces, or leaves the tensor cores that its case names. Exit
+code 1 then.
 
     --op NAME --target NAME   only these (repeatable)
     --first                   only the first case of each op and target
@@ -15,7 +17,6 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -27,19 +28,23 @@ from pathlib import Path
 from typing import Any
 
 from fuserl_kernels.compile_cases import TARGETS, Case, cases
+from fuserl_kernels.machine_code import instructions, narrow_loads, resources
 from fuserl_kernels.triton_runtime import triton, why_no_compiler
 
 _REGISTERS = 65536  # of a multiprocessor, on each NVIDIA target
 _MAX_WARPS, _MAX_BLOCKS = 64, 32
 _RESERVED_SHARED = 1024  # bytes the driver keeps of each block's shared memory
 _SHARED = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
+_DISASSEMBLED = "sm_90"  # the target whose instructions are counted
+_SCALAR_LOADS = 8  # of a kernel that reads its tensors in wide ones
 _LDS = 64 * 1024  # bytes of a compute unit of gfx942
 
 
 @dataclass(frozen=True)
 class Row:
     """What one case became. Counts are a thread's (registers, spills), a block's (shared memory) or
-    a multiprocessor's (blocks, warps); for AMD the occupancy is left out."""
+    a multiprocessor's (blocks, warps); for AMD the occupancy is left out. instructions: as
+    machine_code counts them, where the case expects any."""
 
     op: str
     variant: str
@@ -52,6 +57,7 @@ class Row:
     warps: int | None
     bytes_moved: float
     floor_ms: float
+    instructions: dict[str, int]
     failures: tuple[str, ...]
 
 
@@ -78,28 +84,6 @@ def _compile(case: Case) -> Any:
     return compiler.compile(source, target=gpu, options=options)
 
 
-def _cuobjdump() -> Path:
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-
-def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, stack bytes) of a thread, from the binary itself."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        report = subprocess.run(
-            [_cuobjdump(), "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
-    if found is None:
-        raise RuntimeError(f"cuobjdump reported no resource usage: {report!r}")
-    registers, stack, local = map(int, found.groups())
-    return registers, stack + local
-
-
 def occupancy(target: str, registers: int, shared_bytes: int, num_warps: int) -> tuple[int, int]:
     """(blocks, warps) resident on a multiprocessor of an NVIDIA target.
 
@@ -115,11 +99,25 @@ def _amd_count(assembly: str, name: str) -> int:
     return max(map(int, re.findall(rf"\.{name}:\s*(\d+)", assembly)))
 
 
+def _wrong_instructions(case: Case, counts: dict[str, int]) -> list[str]:
+    """What a case expects of its instructions and does not find."""
+    failures = []
+    narrow = narrow_loads(counts, case.load_bits)
+    if narrow > _SCALAR_LOADS:
+        failures.append(f"{narrow} loads of fewer than {case.load_bits} bits")
+    if case.tensor_cores and case.tensor_cores not in counts:
+        failures.append(f"no {case.tensor_cores} instruction")
+    if case.max_spill_bytes == 0 and ("LDL" in counts or "STL" in counts):
+        failures.append("local memory is read or written")
+    return failures
+
+
 def measure(case: Case) -> Row:
     """Compile one case and judge it; a compiler's error becomes a failure of the row."""
     failures = []
     registers = spill_bytes = shared_bytes = 0
     blocks = warps = None
+    counts: dict[str, int] = {}
     try:
         kernel = _compile(case)
     except Exception as error:
@@ -127,12 +125,15 @@ def measure(case: Case) -> Row:
     else:
         shared_bytes = kernel.metadata.shared
         if case.target in _SHARED:
-            registers, spill_bytes = _nvidia_resources(kernel.asm["cubin"])
+            registers, spill_bytes = resources(kernel.asm["cubin"])
             blocks, warps = occupancy(
                 case.target, registers, shared_bytes, kernel.metadata.num_warps
             )
             if warps < case.min_warps:
                 failures.append(f"{warps} warps resident, fewer than {case.min_warps}")
+            if case.target == _DISASSEMBLED and (case.load_bits or case.tensor_cores):
+                counts = instructions(kernel.asm["cubin"])
+                failures += _wrong_instructions(case, counts)
         else:
             registers = _amd_count(kernel.asm["amdgcn"], "vgpr_count")
             spill_bytes = 4 * _amd_count(kernel.asm["amdgcn"], "vgpr_spill_count")
@@ -152,6 +153,7 @@ def measure(case: Case) -> Row:
         warps,
         case.num_bytes,
         case.floor_ms(),
+        counts,
         tuple(failures),
     )
 
@@ -183,13 +185,15 @@ def _print_table(rows: list[Row]) -> None:
             f"{row.registers:4} {row.spill_bytes:5} {row.shared_bytes:7} "
             f"{'-' if row.blocks is None else row.blocks:>6} "
             f"{'-' if row.warps is None else row.warps:>5} "
-            f"{row.bytes_moved / 1e6:6.0f} {row.floor_ms:6.2f}"
+            f"{row.bytes_moved / 1e6:6.0f} {row.floor_ms:6.2f}  "
+            + " ".join(f"{name.replace(' ', '')}:{n}" for name, n in row.instructions.items())
             + "".join(f"\n    FAILS: {failure}" for failure in row.failures)
         )
     print(
         "regs, spill (bytes): a thread; shared (bytes): a block; blocks, warps: resident on a "
         "multiprocessor.\nMB: device memory by design, ms: at an H200's measured limits; both at "
-        "N=8192, V=128256, D=4096, for ops on [B, T] at B=512, T=1024, for the sampler at B=256."
+        "N=8192, V=128256, D=4096, for ops on [B, T] at B=512, T=1024, for the sampler at B=256.\n"
+        f"Behind these, for {_DISASSEMBLED}: instructions; load128: of 128 bits a thread."
     )
 
 

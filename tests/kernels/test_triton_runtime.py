@@ -82,6 +82,7 @@ def test_the_gate_compiles_and_reports(target, tmp_path):
     assert row["registers"] > 0
     assert row["spill_bytes"] == 0
     assert row["warps"] is None if target == "gfx942" else row["warps"] >= 16
+    assert ("load 128" in row["instructions"]) == (target == "sm_90")
 
 
 @needs_triton
@@ -101,11 +102,14 @@ case = next(case for case in cases("sm_90") if case.op == "token_logprobs_bwd")
 print(measure(dataclasses.replace(case, min_warps=65)).failures)
 broken = dataclasses.replace(case, arguments=case.arguments | {"logits_ptr": "fp32"})
 print(measure(broken).failures)
+print(measure(dataclasses.replace(case, load_bits=256, tensor_cores="HGMMA")).failures)
 """
     done = run("-c", program, TRITON_INTERPRET="0", TRITON_ALWAYS_COMPILE="1")
-    first, second = done.stdout.splitlines()[-2:]
+    first, second, third = done.stdout.splitlines()[-3:]
     assert "warps resident, fewer than 65" in first
     assert "does not compile" in second
+    assert "loads of fewer than 256 bits" in third
+    assert "no HGMMA instruction" in third
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,8 @@ def _case(
     types = {name: _TYPES[name] for name in function.arg_names if name in _TYPES}
     arguments = arguments_of(function, types | given)
     num_bytes = _NUM_TOKENS * bytes_a_token
-    # ptxas gives up a register or two of a scan where that fits one more block.
-    spill = 16 if "decay" in function.arg_names else 0
+    # ptxas gives up a few registers of a scan where that fits one more block.
+    spill = 32 if "decay" in function.arg_names else 0
     return Case(op, variant, target, function, configuration, arguments, 8, spill, num_bytes)
 
 

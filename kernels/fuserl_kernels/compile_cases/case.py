@@ -25,6 +25,8 @@ class Case:
 
     min_warps: resident warps a multiprocessor, at least, as the occupancy calculation gives them.
     max_spill_bytes: stack of a thread, at most.
+    load_bits: the width of a thread's loads of global memory, but for a few scalars; 0: any.
+    tensor_cores: the instruction that the products are, "HGMMA" or "HMMA"; "": any.
     num_bytes: read and written in device memory by design; num_flops: of the product.
     """
 
@@ -39,6 +41,8 @@ class Case:
     num_bytes: float
     num_flops: float = 0.0
     flops_a_second: float = MATRIX_FLOPS
+    load_bits: int = 0
+    tensor_cores: str = ""
 
     def floor_ms(self) -> float:
         """Time at an H200's measured limits, in milliseconds."""

@@ -54,6 +54,8 @@ def cases(target: str) -> Iterator[Case]:
     for dtype, head_dim, given in variants:
         types = _TYPES | _tile_types(dtype, head_dim) | given
         block_d = types["BLOCK_D"]
+        narrow = ITEM_BYTES[dtype] == 2
+        spill = 0 if narrow else 16  # on the vector units, whose operands fill the registers
         words = [dtype, f"head_dim {head_dim}"]
         words += ["window, softcap"] if given.get("WINDOW") else []
         words += ["one split"] if given.get("WHOLE") else []
@@ -65,8 +67,10 @@ def cases(target: str) -> Iterator[Case]:
             attention.slot_configuration(ITEM_BYTES[dtype], block_d),
             arguments_of(attention._slot_kernel, types | {"BLOCK_G": attention.slot_tile(4)}),
             8,
-            0,
+            spill,
             _bytes(dtype, head_dim, _NUM_ROWS, _NUM_TOKENS),
+            load_bits=128,
+            tensor_cores="HMMA" if narrow else "",  # a group of heads is less than wgmma's 64 rows
         )
         if "WHOLE" in given:
             continue
@@ -79,8 +83,9 @@ def cases(target: str) -> Iterator[Case]:
             attention.prefix_configuration(ITEM_BYTES[dtype], block_d),
             arguments_of(attention._prefix_kernel, types | {"BLOCK_G": heads, "ROWS": rows}),
             8,
-            0,
+            spill,
             _bytes(dtype, head_dim, _NUM_PREFIXES, _PREFIX_TOKENS),
+            tensor_cores="HGMMA" if narrow else "",
         )
     yield Case(
         "decode_attention",

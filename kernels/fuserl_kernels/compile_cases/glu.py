@@ -35,4 +35,5 @@ def cases(target: str) -> Iterator[Case]:
                 32,
                 0,
                 (5 if backward else 3) * NUM_ROWS * _SIZE * ITEM_BYTES[dtype],
+                load_bits=0 if given else 128,
             )

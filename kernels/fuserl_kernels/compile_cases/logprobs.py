@@ -38,6 +38,11 @@ _ODD: dict[str, Any] = {
 }
 
 
+def _load_bits(given: dict[str, Any]) -> int:
+    """Rows of any stride are read a number at a time."""
+    return 0 if given.keys() & {"vocab_size", "row_stride"} else 128
+
+
 def _token_logprobs(target: str) -> Iterator[Case]:
     variants: list[tuple[str, str, dict[str, Any]]] = []
     for dtype in ("bf16", "fp32"):
@@ -62,6 +67,7 @@ def _token_logprobs(target: str) -> Iterator[Case]:
                 16,
                 0,
                 NUM_ROWS * VOCAB_SIZE * ITEM_BYTES[dtype],
+                load_bits=_load_bits(given),
             )
 
 
@@ -88,6 +94,7 @@ def _token_logprobs_bwd(target: str) -> Iterator[Case]:
                 16,
                 0,
                 NUM_ROWS * VOCAB_SIZE * (ITEM_BYTES[dtype] + ITEM_BYTES[out]),
+                load_bits=_load_bits(given),
             )
 
 
@@ -117,6 +124,7 @@ def _policy_rows(target: str) -> Iterator[Case]:
                 8,
                 64,  # scalars of the row that live across both walks
                 NUM_ROWS * VOCAB_SIZE * (ITEM_BYTES[dtype] + ITEM_BYTES[out]),
+                load_bits=128,
             )
 
 
@@ -156,6 +164,7 @@ def _linear_forward(target: str) -> Iterator[Case]:
                     (NUM_ROWS + VOCAB_SIZE) * HIDDEN_SIZE * ITEM_BYTES[dtype],
                     2.0 * NUM_ROWS * VOCAB_SIZE * HIDDEN_SIZE,
                     MATRIX_FLOPS if dtype == "bf16" else VECTOR_FLOPS,
+                    tensor_cores="HGMMA" if dtype == "bf16" else "",
                 )
     num_tiles = -(-VOCAB_SIZE // 256)
     for variant, entropy_on in (("", False), (" entropy", True)):

@@ -108,8 +108,10 @@ def _losses(target: str) -> Iterator[Case]:
                 losses.CONFIGURATION,
                 arguments_of(_losses_kernel, _COMMON | tensors | given),
                 8,
-                16 if given.get("SEQUENCES") else 0,  # numbers of a sequence, across its walks
+                32 if given.get("SEQUENCES") else 0,  # numbers of a sequence, across its walks
                 _NUM_TOKENS * (per_token * ITEM_BYTES[dtype] + 1),
+                # Four tokens a thread, but where a walk may start anywhere.
+                load_bits=0 if given.get("SEQUENCES") else 4 * 8 * ITEM_BYTES[dtype],
             )
 
 

@@ -19,6 +19,7 @@ _FIRST: dict[str, Any] = {"residual_ptr": None, "grad_summed_ptr": None}
 _SLICE: dict[str, Any] = {"inner_rows": "i32", "outer_stride": "i32:16"}
 _ODD: dict[str, Any] = {"inner_rows": "i32", "inner_stride": "i32", "hidden_size": "i32"}
 _FAR: dict[str, Any] = {"inner_rows": "i32", "outer_stride": "i64", "inner_stride": "i64"}
+_SINGLY = ("odd", "far", "one")  # words of the variants whose rows are read a number at a time
 _TENSORS = (
     "x_ptr residual_ptr weight_ptr bias_ptr y_ptr summed_ptr rows_ptr grad_y_ptr grad_summed_ptr "
     "grad_x_ptr"
@@ -64,6 +65,7 @@ def cases(target: str) -> Iterator[Case]:
                 min_warps,
                 16 if "odd" in name else 0,  # of an address for each element
                 num_bytes,
+                load_bits=0 if set(_SINGLY) & {*name.replace(",", "").split()} else 128,
             )
     for dtype in ("bf16", "fp32"):
         given = {"out_ptr": f"*{dtype}:16", "num_parts": "i32"}

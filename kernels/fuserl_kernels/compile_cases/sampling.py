@@ -5,6 +5,7 @@ from typing import Any
 
 from fuserl_kernels import triton_sampling as sampling
 from fuserl_kernels.compile_cases.case import ITEM_BYTES, VOCAB_SIZE, Case, arguments_of
+from fuserl_kernels.triton_runtime import Configuration
 
 _NUM_ROWS = 256  # a large decode step
 _PLAIN: dict[str, Any] = {"TOP_K": False, "TOP_P": False, "MIN_P": False}
@@ -23,6 +24,11 @@ _TYPES: dict[str, Any] = {
     "TURNS": 64,
 }
 _ODD: dict[str, Any] = {"vocab_size": "i32", "row_stride": "i32", "col_stride": "i32"}
+
+
+def _load_bits(dtype: str, configuration: Configuration) -> int:
+    """Sixteen warps share 2048 lanes: four logits a thread."""
+    return min(128, 8 * ITEM_BYTES[dtype] * 64 // configuration.num_warps)
 
 
 def cases(target: str) -> Iterator[Case]:
@@ -49,4 +55,5 @@ def cases(target: str) -> Iterator[Case]:
                 8,
                 64 if given["TOP_P"] else 0,  # scalars of the search that live across its walks
                 _NUM_ROWS * VOCAB_SIZE * ITEM_BYTES[dtype],
+                load_bits=0 if "vocab_size" in given else _load_bits(dtype, configuration),
             )
