@@ -1,8 +1,8 @@
 """Two source roots, one distribution, and optional native extensions that never need torch.
 
 FUSERL_BUILD chooses what is compiled:
-    auto      (default) the CPU kernels if a compiler works, and the CUDA kernels where nvcc is found
-              and the torch at hand is built for CUDA; else pure Python with a warning
+    auto      (default) the CPU kernels if a compiler works, else pure Python with a warning; the
+              CUDA kernels too where nvcc is found and the torch at hand is built for CUDA
     none      nothing
     cpu       the CPU kernels, if a compiler works
     require   the CPU kernels, and a failing compiler fails the install

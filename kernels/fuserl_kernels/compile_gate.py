@@ -78,7 +78,8 @@ def _compile(case: Case) -> Any:
     return compiler.compile(source, target=gpu, options=options)
 
 
-def _cuobjdump() -> Path:
+def triton_cuobjdump() -> Path:
+    """NVIDIA's disassembler, as Triton's wheel has it."""
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -88,7 +89,7 @@ def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
         file.write(cubin)
         file.flush()
         report = subprocess.run(
-            [_cuobjdump(), "--dump-resource-usage", file.name],
+            [triton_cuobjdump(), "--dump-resource-usage", file.name],
             capture_output=True,
             text=True,
             check=True,

@@ -45,6 +45,12 @@ def architectures(compiler: Path) -> tuple[str, ...]:
     return tuple(name for name in ARCHITECTURES if f"sm_{name}" in listed)
 
 
+def version(compiler: Path) -> str:
+    """The compiler's own words on its release."""
+    told = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
+    return told.stdout.strip().rpartition("Build ")[2]
+
+
 def targets(names: tuple[str, ...]) -> list[str]:
     """Options for machine code of each architecture, and for later GPUs the newest's PTX."""
     codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
