@@ -18,6 +18,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
+from setuptools.modified import newer_group
 
 BUILD_MODES = ("auto", "none", "cpu", "require", "cuda")
 CUDA_MODULE = "fuserl_kernels._cuda"
@@ -58,7 +59,7 @@ def cuda_extension() -> Extension:
     return Extension(
         CUDA_MODULE,
         files("cuda/*.cpp", "cuda/*.cu"),
-        depends=files("*.h", "cpu/*.h", "cuda/*.h", "cuda/*.cuh"),
+        depends=files("bindings.h", "cpu/*.h", "cuda/*.h", "cuda/*.cuh"),
     )
 
 
@@ -77,6 +78,8 @@ class BuildExtensions(build_ext):
 
         include = ["csrc", get_include(), sysconfig.get_path("include")]
         target = Path(self.get_ext_fullpath(ext.name))
+        if not (self.force or newer_group(ext.sources + ext.depends, target, "newer")):
+            return
         try:
             CUDA_BUILD["build_module"](ext.sources, include, target)
         except (FileNotFoundError, subprocess.CalledProcessError) as error:

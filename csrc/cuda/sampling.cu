@@ -32,7 +32,7 @@ template <typename Row>
 __device__ void kept_lane_masses(const Row& row, const Kept& kept, float row_max, float scale,
                                  Mass (&out)[kShare]) {
     float masses[kShare] = {};
-    row.each([&](float x, Where where) {
+    row.template each<Walk::kUp>([&](float x, Where where) {
         if (kept.has(x, where.column)) masses[where.lane] += weight(x, row_max, scale);
     });
 #pragma unroll
@@ -44,8 +44,9 @@ template <typename Row>
 __device__ Kept truncate(const Row& row, const Options& options, float row_max, float scale,
                          TruncationStorage& storage, Mass (&lane_masses)[kShare]) {
     const bool limits_count = options.top_k > 0, limits_mass = options.top_p < 1.0;
+    const bool is_prefix = limits_count || limits_mass;
     Kept kept{-INFINITY, row.size() - 1};
-    if (limits_count || limits_mass) {
+    if (is_prefix) {
         Truncation<Row> truncation(row, row_max, scale, limits_count, limits_mass, storage);
         if (limits_count) kept = truncation.find({false, options.top_k});
         if (limits_mass) {
@@ -55,9 +56,9 @@ __device__ Kept truncate(const Row& row, const Options& options, float row_max, 
         }
         truncation.lane_masses(lane_masses);
     }
-    if (options.has_floor) {
-        const auto is_kept = [&](float x) { return x - row_max >= options.floor; };
-        if (!is_kept(kept.value)) kept = {value_of(first_key(row_max, is_kept)), row.size() - 1};
+    const auto reaches_floor = [&](float x) { return x - row_max >= options.floor; };
+    if (options.has_floor && !(is_prefix && reaches_floor(kept.value))) {
+        kept = {value_of(first_key(row_max, reaches_floor)), row.size() - 1};
         kept_lane_masses(row, kept, row_max, scale, lane_masses);
     }
     return kept;

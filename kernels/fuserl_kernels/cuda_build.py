@@ -46,9 +46,9 @@ def architectures(compiler: Path) -> tuple[str, ...]:
 
 
 def version(compiler: Path) -> str:
-    """The compiler's own words on its release."""
+    """Of the compiler, as it gives it: 13.0.88."""
     told = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
-    return told.stdout.strip().rpartition("Build ")[2]
+    return told.stdout.rpartition(" V")[2].split()[0]
 
 
 def targets(names: tuple[str, ...]) -> list[str]:
