@@ -18,7 +18,6 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
-from setuptools.modified import newer_group
 
 BUILD_MODES = ("auto", "none", "cpu", "require", "cuda")
 CUDA_MODULE = "fuserl_kernels._cuda"
@@ -78,7 +77,8 @@ class BuildExtensions(build_ext):
 
         include = ["csrc", get_include(), sysconfig.get_path("include")]
         target = Path(self.get_ext_fullpath(ext.name))
-        if not (self.force or newer_group(ext.sources + ext.depends, target, "newer")):
+        newest = max(Path(name).stat().st_mtime for name in ext.sources + ext.depends)
+        if target.exists() and target.stat().st_mtime > newest and not self.force:
             return
         try:
             CUDA_BUILD["build_module"](ext.sources, include, target)
