@@ -1,8 +1,8 @@
 """Two source roots, one distribution, and optional native extensions that never need torch.
 
 FUSERL_BUILD chooses what is compiled:
-    auto      (default) the CPU kernels if a compiler works, and the CUDA kernels where nvcc is found
-              and the torch at hand is built for CUDA; else pure Python with a warning
+    auto      (default) the CPU kernels if a compiler works, else pure Python with a warning; the
+              CUDA kernels too where nvcc is found and the torch at hand is built for CUDA
     none      nothing
     cpu       the CPU kernels, if a compiler works
     require   the CPU kernels, and a failing compiler fails the install
@@ -59,7 +59,7 @@ def cuda_extension() -> Extension:
     return Extension(
         CUDA_MODULE,
         files("cuda/*.cpp", "cuda/*.cu"),
-        depends=files("*.h", "cpu/*.h", "cuda/*.h", "cuda/*.cuh"),
+        depends=files("bindings.h", "cpu/*.h", "cuda/*.h", "cuda/*.cuh"),
     )
 
 
@@ -78,6 +78,9 @@ class BuildExtensions(build_ext):
 
         include = ["csrc", get_include(), sysconfig.get_path("include")]
         target = Path(self.get_ext_fullpath(ext.name))
+        newest = max(Path(name).stat().st_mtime for name in ext.sources + ext.depends)
+        if target.exists() and target.stat().st_mtime > newest and not self.force:
+            return
         try:
             CUDA_BUILD["build_module"](ext.sources, include, target)
         except (FileNotFoundError, subprocess.CalledProcessError) as error:

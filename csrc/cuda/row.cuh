@@ -1,6 +1,5 @@
 // A row of logits in global memory, walked by a block: turn i is the columns 2048 i to 2048 i + 2047,
-// of which a thread has eight neighbours. So each thread has eight lanes (column modulo 2048), and
-// meets the columns of a lane in order.
+// of which a thread has eight neighbours. So each thread has eight lanes (column modulo 2048).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,6 +14,8 @@ namespace fuserl::cuda {
 
 constexpr int kLanes = kSlots;  // LANES of reference/sampling.py and of the Triton kernels
 constexpr int kFour = 4;        // turns loaded at once
+
+enum class Walk { kUp, kDown };
 
 struct BFloat16 {
     unsigned short bits;
@@ -70,21 +71,20 @@ class Row {
         }
     }
 
-    // visit(x, where) for each column of the thread, those of a lane in order.
-    template <typename Visit>
+    // visit(x, where) for each column of the thread; from the first four turns on, or from the end of
+    // the row, where the cache may hold what an upward walk has read last.
+    template <Walk kWalk, typename Visit>
     __device__ void each(Visit visit) const {
-        for (int i = 0; i < fours(); ++i) {
+        if (kWalk == Walk::kDown) visit_rest(visit);
+        for (int n = 0; n < fours(); ++n) {
+            const int i = kWalk == Walk::kDown ? fours() - 1 - n : n;
             float x[kFour][kShare];
             load_four(i, x);
 #pragma unroll
             for (int turn = 0; turn < kFour; ++turn)
                 visit_turn(i * kFour + turn, x[turn], visit, kLanes);
         }
-        for (int turn = fours() * kFour; turn < turns(); ++turn) {
-            float x[kShare];
-            load_turn(turn, x);
-            visit_turn(turn, x, visit, size_ - turn * kLanes);
-        }
+        if (kWalk == Walk::kUp) visit_rest(visit);
     }
 
    private:
@@ -137,6 +137,16 @@ class Row {
                 const unsigned word = words[lane / 2];
                 x[lane] = widen(T{static_cast<unsigned short>(lane % 2 ? word >> 16 : word)});
             }
+        }
+    }
+
+    // The turns after the last four.
+    template <typename Visit>
+    __device__ void visit_rest(Visit& visit) const {
+        for (int turn = fours() * kFour; turn < turns(); ++turn) {
+            float x[kShare];
+            load_turn(turn, x);
+            visit_turn(turn, x, visit, size_ - turn * kLanes);
         }
     }
 

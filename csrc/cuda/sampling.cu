@@ -3,6 +3,7 @@
 #include <cmath>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "../cpu/philox.h"
 #include "truncation.cuh"
@@ -10,7 +11,13 @@
 namespace fuserl::cuda {
 namespace {
 
-enum class Mode { kGreedy, kPlain, kTruncated };
+// How a token is chosen: types, so that a kernel's name tells.
+struct Greedy {};
+struct Plain {};
+struct Truncated {};
+
+template <typename Mode, typename Other>
+constexpr bool kIs = std::is_same_v<Mode, Other>;
 
 // What a thread needs of the options, as the Triton kernel has them.
 struct Options {
@@ -21,16 +28,11 @@ struct Options {
     float floor;  // temperature * log(min_p): below it x - maximum is not kept
 };
 
-struct Outcome {
-    int token_id;
-    float kept_log_sum;
-};
-
 template <typename Row>
 __device__ void kept_lane_masses(const Row& row, const Kept& kept, float row_max, float scale,
                                  Mass (&out)[kShare]) {
     float masses[kShare] = {};
-    row.each([&](float x, Where where) {
+    row.template each<Walk::kUp>([&](float x, Where where) {
         if (kept.has(x, where.column)) masses[where.lane] += weight(x, row_max, scale);
     });
 #pragma unroll
@@ -42,8 +44,9 @@ template <typename Row>
 __device__ Kept truncate(const Row& row, const Options& options, float row_max, float scale,
                          TruncationStorage& storage, Mass (&lane_masses)[kShare]) {
     const bool limits_count = options.top_k > 0, limits_mass = options.top_p < 1.0;
+    const bool is_prefix = limits_count || limits_mass;
     Kept kept{-INFINITY, row.size() - 1};
-    if (limits_count || limits_mass) {
+    if (is_prefix) {
         Truncation<Row> truncation(row, row_max, scale, limits_count, limits_mass, storage);
         if (limits_count) kept = truncation.find({false, options.top_k});
         if (limits_mass) {
@@ -53,9 +56,9 @@ __device__ Kept truncate(const Row& row, const Options& options, float row_max, 
         }
         truncation.lane_masses(lane_masses);
     }
-    if (options.has_floor) {
-        const auto is_kept = [&](float x) { return x - row_max >= options.floor; };
-        if (!is_kept(kept.value)) kept = {value_of(first_key(row_max, is_kept)), row.size() - 1};
+    const auto reaches_floor = [&](float x) { return x - row_max >= options.floor; };
+    if (options.has_floor && !(is_prefix && reaches_floor(kept.value))) {
+        kept = {value_of(first_key(row_max, reaches_floor)), row.size() - 1};
         kept_lane_masses(row, kept, row_max, scale, lane_masses);
     }
     return kept;
@@ -89,14 +92,14 @@ __device__ int draw(const Row& row, const Cumulative& lanes, std::uint64_t unifo
     return turns.past(min(target, turns.total() - 1)).slot * kLanes + lane.slot;
 }
 
-template <typename T, bool kAligned, Mode kMode>
+template <typename T, bool kAligned, typename Mode>
 __global__ void __launch_bounds__(kThreads, 2) sample_row(Sampling task, Options options) {
     const std::int64_t index = blockIdx.x;
     const Row<T, kAligned> row(static_cast<const T*>(task.logits) + index * task.row_stride,
                                static_cast<int>(task.vocab_size));
     const float scale = divide_approximate(kLog2E, options.temperature);
     LaneStatistics statistics;
-    statistics.read<kMode == Mode::kGreedy>(row, scale);
+    statistics.read<kIs<Mode, Greedy>>(row, scale);
     const float row_max = statistics.row_maximum();
     float sums[kShare];
     statistics.sums(row_max, scale, sums);
@@ -106,12 +109,12 @@ __global__ void __launch_bounds__(kThreads, 2) sample_row(Sampling task, Options
     float kept_log_sum = log_sum;
     const bool is_distribution = log_sum == log_sum && row_max != -INFINITY;
     if (is_distribution) {
-        if constexpr (kMode == Mode::kGreedy) {
+        if constexpr (kIs<Mode, Greedy>) {
             token_id = statistics.largest(row_max);
         } else {
             Mass masses[kShare];
             Kept kept{-INFINITY, row.size() - 1};
-            if constexpr (kMode == Mode::kTruncated) {
+            if constexpr (kIs<Mode, Truncated>) {
                 __shared__ TruncationStorage storage;
                 kept = truncate(row, options, row_max, scale, storage, masses);
             } else {
@@ -119,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, 2) sample_row(Sampling task, Options
                 for (int lane = 0; lane < kShare; ++lane) masses[lane] = fixed(sums[lane]);
             }
             const Cumulative lanes(masses);
-            if (kMode == Mode::kTruncated)
+            if (kIs<Mode, Truncated>)
                 kept_log_sum = logf(static_cast<float>(lanes.total()) / kFixedOne);
             const std::uint64_t bits =
                 uniform_bits(task.seed, task.request_ids[index], task.positions[index]);
@@ -131,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, 2) sample_row(Sampling task, Options
     if (is_distribution) {
         const float x = divide_approximate(row.at(token_id) - row_max, options.temperature);
         logprob = x - log_sum;
-        truncated = kMode == Mode::kGreedy ? 0.0f : x - kept_log_sum;
+        truncated = kIs<Mode, Greedy> ? 0.0f : x - kept_log_sum;
     }
     task.token_ids[index] = token_id;
     task.logprobs[index] = logprob;
@@ -143,24 +146,24 @@ void check(cudaError_t status) {
         throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
 }
 
-template <typename T, bool kAligned, Mode kMode>
+template <typename T, bool kAligned, typename Mode>
 void launch(const Sampling& task, const Options& options, cudaStream_t stream) {
     cudaLaunchConfig_t configuration{};
     configuration.gridDim = dim3(static_cast<unsigned>(task.num_rows));
     configuration.blockDim = dim3(kThreads);
     configuration.stream = stream;
-    check(cudaLaunchKernelEx(&configuration, sample_row<T, kAligned, kMode>, task, options));
+    check(cudaLaunchKernelEx(&configuration, sample_row<T, kAligned, Mode>, task, options));
 }
 
 template <typename T, bool kAligned>
 void launch(const Sampling& task, Options options, cudaStream_t stream) {
     const bool truncates = options.top_k > 0 || options.top_p < 1.0 || options.has_floor;
     if (task.temperature == 0.0)
-        launch<T, kAligned, Mode::kGreedy>(task, options, stream);
+        launch<T, kAligned, Greedy>(task, options, stream);
     else if (truncates)
-        launch<T, kAligned, Mode::kTruncated>(task, options, stream);
+        launch<T, kAligned, Truncated>(task, options, stream);
     else
-        launch<T, kAligned, Mode::kPlain>(task, options, stream);
+        launch<T, kAligned, Plain>(task, options, stream);
 }
 
 template <typename T>

@@ -4,9 +4,9 @@
 // Every entry has a code, an integer: the value's bits made to order like the values, then the column
 // counted from the end. Larger codes come first, and no two are equal. A histogram in shared memory,
 // at first over the distance to the maximum, tells in which bin the prefix ends; the entries of that
-// bin are listed, sorted and summed. A bin too full for the list (ties, clusters) is binned again by
-// its codes, 2048 to 1, until it fits. So most rows are read twice: for the histogram, and for the
-// list, when the masses of what lies above it are summed for the draw as well.
+// bin are listed, sorted and summed. A bin too full for the list (ties, clusters, the last bin) is
+// binned again by its codes, 2048 to 1, until it fits. So most rows are read twice: for the histogram,
+// and for the list, when the masses of what lies above it are summed for the draw as well.
 //
 // Masses are integers in units of 2^-40 of the heaviest entry's, so threads may add them in any order.
 #pragma once
@@ -25,8 +25,8 @@ constexpr float kFixedOne = 0x1p40f;
 constexpr int kColumnBits = 22;  // and 2^22 of the heaviest entries fit into a Mass
 constexpr int kMaxColumns = 1 << kColumnBits;
 constexpr Code kColumnMask = kMaxColumns - 1;
-constexpr int kLastBin = kSlots - 1;             // for all that lies farther than 40 halvings
-constexpr float kBinsPerHalving = kLastBin / 40.0f;
+constexpr int kLastBin = kSlots - 1;  // for what lies farther from the maximum than 20 halvings
+constexpr float kBinsPerHalving = kLastBin / 20.0f;
 
 __device__ inline Mass fixed(float mass) { return static_cast<Mass>(mass * kFixedOne); }
 
@@ -194,9 +194,20 @@ class Truncation {
         }
     }
 
+    // Most of a row may belong to the last bin, where threads would queue: they add up its mass on
+    // their own, and nobody needs its count.
     __device__ void bin_row() {
         storage_.histogram.clear();
-        row_.each([&](float x, Where) { add(bin_of(x), x); });
+        Mass rest = 0;
+        row_.template each<Walk::kUp>([&](float x, Where) {
+            const int bin = bin_of(x);
+            if (bin < kLastBin)
+                add(bin, x);
+            else if (masses_)
+                rest += mass_of(x);
+        });
+        rest = sum(rest);
+        if (threadIdx.x == 0) storage_.histogram.add_mass(kLastBin, rest);
         __syncthreads();
         bins_are_of_row_ = true;
     }
@@ -207,7 +218,7 @@ class Truncation {
         while ((window.high - window.low) >> shift >= kSlots) ++shift;
         storage_.histogram.clear();
         bins_are_of_row_ = false;
-        each_within(window, [&](float x, Code code) {
+        each_within<Walk::kUp>(window, [&](float x, Code code) {
             add(static_cast<int>((window.high - code) >> shift), x);
         }, [](float, int) {});
         __syncthreads();
@@ -215,10 +226,10 @@ class Truncation {
     }
 
     // within(x, code) for the entries of the window, above(x, lane) for those before it.
-    template <typename Within, typename Above>
+    template <Walk kWalk, typename Within, typename Above>
     __device__ void each_within(const Window& window, Within within, Above above) {
         const float low = value_of(window.low), high = value_of(window.high);
-        row_.each([&](float x, Where where) {
+        row_.template each<kWalk>([&](float x, Where where) {
             if (x > high) {
                 above(x, where.lane);
             } else if (x >= low) {
@@ -243,7 +254,11 @@ class Truncation {
             masses_of_bins(bins);
         } else {
 #pragma unroll
-            for (int i = 0; i < kShare; ++i) bins[i] = storage_.histogram.counts[first_slot() + i];
+            for (int i = 0; i < kShare; ++i) {
+                const int bin = first_slot() + i;
+                const bool is_rest = bins_are_of_row_ && bin == kLastBin;
+                bins[i] = is_rest ? row_.size() : storage_.histogram.counts[bin];
+            }
         }
         const auto place = Cumulative(bins).past(goal.amount - before - 1);
         if (masses_) {
@@ -276,7 +291,7 @@ class Truncation {
         __syncthreads();
 #pragma unroll
         for (int lane = 0; lane < kShare; ++lane) above_[lane] = 0.0f;
-        each_within(window, [&](float, Code code) {
+        each_within<Walk::kDown>(window, [&](float, Code code) {
             const int place = atomicAdd(&storage_.num_listed, 1);
             if (place < kSlots) storage_.list[place] = code;
         }, [&](float x, int lane) { above_[lane] += weight(x, row_max_, scale_); });

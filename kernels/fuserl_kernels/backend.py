@@ -76,9 +76,7 @@ def _why_not(choice: str, table: Table, tensor: torch.Tensor) -> str | None:
     devices = _device_types(choice, table[choice])
     if tensor.device.type not in devices:
         needed = " or ".join(devices)
-        return (
-            f"it needs a {needed} tensor, not {tensor.device}; move the tensors or choose auto"
-        )
+        return f"it needs a {needed} tensor, not {tensor.device}; move the tensors or choose auto"
     if tensor.dtype not in _DTYPES:
         names = ", ".join(str(dtype) for dtype in _DTYPES)
         return f"it takes {names}, not {tensor.dtype}; convert the tensors or choose auto"

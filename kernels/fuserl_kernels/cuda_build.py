@@ -45,6 +45,12 @@ def architectures(compiler: Path) -> tuple[str, ...]:
     return tuple(name for name in ARCHITECTURES if f"sm_{name}" in listed)
 
 
+def version(compiler: Path) -> str:
+    """Of the compiler, as it gives it: 13.0.88."""
+    told = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
+    return told.stdout.rpartition(" V")[2].split()[0]
+
+
 def targets(names: tuple[str, ...]) -> list[str]:
     """Options for machine code of each architecture, and for later GPUs the newest's PTX."""
     codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]

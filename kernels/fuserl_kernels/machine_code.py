@@ -16,20 +16,24 @@ _BITS = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9]*)([.\w]*)", re.M)
 
 
-def _tool(name: str, cubin: bytes, *options: str) -> str:
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+def tool(name: str) -> Path:
+    """Where Triton's wheel has one of NVIDIA's programs."""
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def _run(name: str, cubin: bytes, *options: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         done = subprocess.run(
-            [path, *options, file.name], capture_output=True, text=True, check=True
+            [tool(name), *options, file.name], capture_output=True, text=True, check=True
         )
     return done.stdout
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
     """(registers, stack bytes) of a thread."""
-    report = _tool("cuobjdump", cubin, "--dump-resource-usage")
+    report = _run("cuobjdump", cubin, "--dump-resource-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
     if found is None:
         raise RuntimeError(f"cuobjdump reported no resource usage: {report!r}")
@@ -43,7 +47,7 @@ def instructions(cubin: bytes) -> dict[str, int]:
 
     Takes a tenth of a second or two, beside half a second for the compiler."""
     counts: Counter[str] = Counter()
-    for name, modifiers in _INSTRUCTION.findall(_tool("nvdisasm", cubin, "-c", "-ndf")):
+    for name, modifiers in _INSTRUCTION.findall(_run("nvdisasm", cubin, "-c", "-ndf")):
         if name in _ACCESSES:
             bits = next((_BITS[part] for part in modifiers.split(".") if part in _BITS), 32)
             counts[f"{_ACCESSES[name]} {bits}"] += 1

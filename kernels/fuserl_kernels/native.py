@@ -43,7 +43,7 @@ def address(tensor: torch.Tensor | None) -> int:
 
 
 def dtype(tensor: torch.Tensor) -> Any:
-    """The name that the module for its device has for the dtype of a float32, bf16 or fp16 tensor."""
+    """The name its device's module has for the dtype of a float32, bf16 or fp16 tensor."""
     return getattr(module(tensor.device.type).Dtype, str(tensor.dtype).removeprefix("torch."))
 
 

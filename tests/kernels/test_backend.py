@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,6 +47,40 @@ def test_an_absent_native_module_raises_with_the_remedy_and_auto_goes_on(monkeyp
         fk.token_logprobs(LOGITS, IDS)
     assert fk.token_logprobs(LOGITS, IDS).isfinite().all()
     assert backend.available()["native"] == f"no: {reason}"
+
+
+CUDA_TENSOR = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.float32)
+
+
+def test_native_means_the_kernels_for_the_tensors_device(monkeypatch):
+    """CUDA C++ where an op has it, and what is missing is said: the half, or the module."""
+    both = backend.PerDevice(cpu=lambda tensor, n: -n, cuda=lambda tensor, n: n)
+    with fk.use_backend("native"):
+        with pytest.raises(RuntimeError, match=r"needs a cpu tensor, not cuda:0.*choose auto"):
+            backend.select("an_op", {"native": print}, CUDA_TENSOR)
+        monkeypatch.setattr(native, "_load", lambda device: (None, f"no module for {device}"))
+        with pytest.raises(RuntimeError, match="no module for cuda"):
+            backend.select("an_op", {"native": both}, CUDA_TENSOR)
+        monkeypatch.setattr(native, "_load", lambda device: ("the module", None))
+        assert backend.select("an_op", {"native": both}, CUDA_TENSOR)(CUDA_TENSOR, 3) == 3
+        assert backend.select("an_op", {"native": both}, LOGITS)(LOGITS, 3) == -3
+
+
+def test_auto_leaves_cuda_tensors_to_triton():
+    both = backend.PerDevice(cpu=min, cuda=max)
+    assert backend.select("an_op", {"reference": print, "native": both}, CUDA_TENSOR) is print
+
+
+def test_the_report_names_the_cuda_module_and_its_remedy(monkeypatch):
+    reports = backend.available()
+    assert list(reports) == ["reference", "native", "native cuda", "triton"]
+    monkeypatch.setitem(native._MODULES, "cuda", ("_no_such_module", *native._MODULES["cuda"][1:]))
+    native._load.cache_clear()
+    try:
+        assert backend.available()["native cuda"].startswith("no: the compiled CUDA kernels are")
+        assert "FUSERL_BUILD=cuda" in backend.available()["native cuda"]
+    finally:
+        native._load.cache_clear()
 
 
 def test_the_choice_reaches_other_threads_and_ends_with_the_block():

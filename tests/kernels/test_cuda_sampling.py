@@ -49,8 +49,8 @@ def sample(library):
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_are_those_of_the_definition(sample, kind, dtype):
     num_rows = num_decided = 0
-    for vocab_size in (1, 2, 7, 33, 2049, 4140, 8200):
-        logits = rows(kind, 3, vocab_size).to(dtype)
+    for vocab_size in (1, 7, 2049, 4140, 8200):
+        logits = rows(kind, 2, vocab_size).to(dtype)
         some, half = max(1, vocab_size // 3), vocab_size // 2 + 1
         for seed, (top_k, top_p, min_p) in enumerate(
             [
@@ -67,9 +67,9 @@ def test_tokens_are_those_of_the_definition(sample, kind, dtype):
             ]
         ):
             temperature = (0.8, 1.0, 1.7)[seed % 3]
-            num_rows += 3
+            num_rows += 2
             num_decided += sampling_cases.assert_agree(
-                sample, logits, temperature, top_k, top_p, min_p, seed, *keys(3)
+                sample, logits, temperature, top_k, top_p, min_p, seed, *keys(2)
             )
     assert num_decided > 0.8 * num_rows
 
@@ -95,6 +95,19 @@ def test_a_whole_vocabulary(sample, kind, dtype):
     logits = rows(kind, 2, 128256).to(dtype)
     for top_k, top_p, min_p in [(0, 1.0, 0.0), (0, 0.9517, 0.0), (50, 1.0, 0.0), (0, 1.0, 0.0531)]:
         sampling_cases.assert_agree(sample, logits, 0.8, top_k, top_p, min_p, 1, *keys(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prefix_that_ends_beyond_the_histogram(sample, dtype):
+    """One token far above a flat tail, where 1 part in 25 of the mass lies past the last bin."""
+    logits = 0.1 * torch.randn(2, 128256)
+    logits[:, 77] = 15.0
+    logits = logits.to(dtype)
+    for top_k, top_p in [(0, 0.9887), (100_000, 0.9887), (100_000, 1.0)]:
+        sampling_cases.assert_agree(sample, logits, 1.0, top_k, top_p, 0.0, 4, *keys(2))
+    token_ids, _, truncated = sample(logits, 1.0, 0, 0.9, 0.0, 4, *keys(2))
+    assert (token_ids == 77).all()
+    assert (truncated == 0).all()
 
 
 @pytest.mark.parametrize("num_tied", [LIST - 1, LIST, LIST + 1, 3 * LIST])
@@ -219,8 +232,8 @@ def test_uniforms_are_those_of_the_definition(sample):
 
 @pytest.mark.parametrize("options", [OPTIONS["plain"], (1.3, 5, 0.95, 0.02)], ids=["plain", "all"])
 def test_distribution(library, options):
-    """Pearson's chi-square of 4000 draws, against the definition's probabilities."""
-    num_draws = 4000
+    """Pearson's chi-square of 2500 draws, against the definition's probabilities."""
+    num_draws = 2500
     logits = torch.tensor([1.0, -0.5, 0.3, 2.0, -3.0, 0.9, -torch.inf, 0.0])
     sample = emulated_cuda.sampler(library)
     numbers = torch.arange(num_draws)
@@ -259,12 +272,14 @@ def _row_sums_kernel(x_ptr, sums_ptr, vocab_size, scale, DOUBLINGS: tl.constexpr
 @pytest.mark.parametrize("vocab_size", [1, 700, 2048, 2049, 4 * 2048 + 5, 40013])
 def test_sums_have_the_order_of_the_triton_kernels(library, vocab_size):
     """At a temperature of log2(e) whole numbers have exact exponentials, whichever library makes
-    them; their sums are rounded, so equal bits mean an equal order."""
-    logits = torch.randint(-26, 1, (4, vocab_size)).float()
+    them. Beside one of weight 1 those of 2^-24 are lost or not as the order has it, so equal bits
+    mean an equal order."""
+    logits = torch.randint(-25, -23, (12, vocab_size)).float()
+    logits[range(12), torch.randint(vocab_size, (12,))] = 0.0
     logits[1] += torch.arange(vocab_size) % 50  # maxima that rise late
     logits[2, : vocab_size // 2] = -torch.inf
-    sums = torch.empty(4)
-    _row_sums_kernel[(4,)](logits, sums, vocab_size, 1.0, LANE_DOUBLINGS.value)
+    sums = torch.empty(12)
+    _row_sums_kernel[(12,)](logits, sums, vocab_size, 1.0, LANE_DOUBLINGS.value)
     found = emulated_cuda.row_sums(library, logits, 1.4426950408889634)
     assert torch.equal(found, sums)
     if vocab_size > 2048:

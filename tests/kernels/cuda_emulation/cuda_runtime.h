@@ -1,9 +1,10 @@
 // Stands in for CUDA's header of the same name, so that device code compiles as plain C++ and runs on
 // the CPU: what the kernels of csrc/cuda use of it, and no more.
 //
-// The threads of a block are fibers of one OS thread, which switch where they wait for each other;
-// blocks run one after another. So a race shows only as a dependence on the order of the threads:
-// run a kernel in both orders. A barrier that some threads never reach ends the process.
+// The threads of a block are fibers of one OS thread, which switch where they wait for each other: a
+// warp goes on until all of it waits for the block; blocks run one after another. So a race shows only
+// as a dependence on the order of the threads: run a kernel in both orders. A barrier that some
+// threads never reach ends the process.
 #pragma once
 
 #include <csetjmp>
@@ -68,7 +69,7 @@ class Block {
             ++barrier.generation;
             return;
         }
-        while (barrier.generation == generation) yield(thread);
+        while (barrier.generation == generation) yield(thread, for_warp);
     }
 
     std::uint64_t& exchanged(unsigned thread) { return exchange_[thread]; }
@@ -80,18 +81,20 @@ class Block {
         std::vector<char> stack = std::vector<char>(kStackBytes);
     };
 
-    void yield(unsigned thread) {
+    void yield(unsigned thread, bool for_warp) {
         if (++stalled_ > 2 * size_) {
             std::fputs("a barrier that some threads of the block never reach\n", stderr);
             std::abort();
         }
-        if (_setjmp(fibers_[thread]->registers) == 0) resume(next(thread));
+        if (_setjmp(fibers_[thread]->registers) == 0) resume(next(thread, for_warp));
     }
 
-    unsigned next(unsigned thread) const {
-        do thread = (descending ? thread + size_ - 1 : thread + 1) % size_;
-        while (finished_[thread]);
-        return thread;
+    unsigned next(unsigned thread, bool in_warp) const {
+        const unsigned size = in_warp ? kWarpSize : size_, first = in_warp ? thread / size * size : 0;
+        unsigned place = thread - first;
+        do place = (descending ? place + size - 1 : place + 1) % size;
+        while (finished_[first + place]);
+        return first + place;
     }
 
     [[noreturn]] void resume(unsigned thread) {
@@ -131,7 +134,7 @@ inline void Block::live() {
         block.stalled_ = 0;
         if (_setjmp(block.fibers_[thread]->registers) != 0) continue;
         if (--block.num_left_ == 0) _longjmp(block.caller_, 1);
-        block.resume(block.next(thread));
+        block.resume(block.next(thread, false));
     }
 }
 
