@@ -6,8 +6,8 @@ FILE is made anew, and each line is written when it is known, so that a run that
 leaves what it has found. Also under xdist. One JSON object a line, by its "kind":
 
     session           selection (of -m), torch, triton, device (its name, or null)
-    collected         id, ops (what the test covers, sorted), large: each selected test, before
-                      any of them runs
+    collected         id, ops (what the test covers, sorted), large: each test that covers an op
+                      (of those asked for), whatever -m leaves of them, before any runs
     collection_error  id (the file), reason: its tests are unknown
     outcome           id, ops, outcome ("passed", "failed" or "skipped"), seconds, reason (""
                       where it passed). A test has a second line where its teardown failed.
@@ -29,6 +29,7 @@ import pytest
 import torch
 
 VARIABLE = "FUSERL_TEST_REPORT"
+_NAME = "fuserl-outcomes"
 
 
 def add_options(parser: pytest.Parser) -> None:
@@ -42,16 +43,15 @@ def add_options(parser: pytest.Parser) -> None:
 
 
 def select(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what covers none of the ops asked for, and let one worker of xdist (--dist
-    loadgroup) have all tests that need much of a GPU's memory."""
+    """Leave out what covers none of the ops asked for; report what is left that covers any. For
+    hooks of conftest.py, which run before -m leaves more of them out."""
     wanted = set(config.getoption("covers"))
     if wanted:
-        others = [item for item in items if not wanted & set(ops_of(item))]
-        config.hook.pytest_deselected(items=others)
+        config.hook.pytest_deselected(items=[i for i in items if not wanted & set(ops_of(i))])
         items[:] = [item for item in items if wanted & set(ops_of(item))]
-    for item in items:
-        if item.get_closest_marker("large") is not None:
-            item.add_marker(pytest.mark.xdist_group("large"))
+    report = config.pluginmanager.get_plugin(_NAME)
+    if report is not None:
+        report.collected([item for item in items if ops_of(item)])
 
 
 def ops_of(item: pytest.Item) -> list[str]:
@@ -90,10 +90,10 @@ class OutcomeReport:
         with self._path.open("ab", buffering=0) as file:
             file.write(json.dumps(fields).encode() + b"\n")
 
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
+    def collected(self, items: list[pytest.Item]) -> None:
         if not self._says_collected:
             return
-        for item in session.items:
+        for item in items:
             large = item.get_closest_marker("large") is not None
             self._write(kind="collected", id=item.nodeid, ops=ops_of(item), large=large)
 
@@ -128,4 +128,4 @@ def _triton_version() -> str | None:
 def register(config: pytest.Config) -> None:
     """Writes a report where FUSERL_TEST_REPORT names a file."""
     if path := os.environ.get(VARIABLE):
-        config.pluginmanager.register(OutcomeReport(Path(path), config), "fuserl-outcomes")
+        config.pluginmanager.register(OutcomeReport(Path(path), config), _NAME)

@@ -81,12 +81,15 @@ import sys
 sys.path.insert(0, {root!r})
 import outcome_report
 
+pytest_addoption = outcome_report.add_options
+
 def pytest_configure(config):
     for marker in ("gpu", "large", "covers(*ops)"):
         config.addinivalue_line("markers", marker)
     outcome_report.register(config)
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    outcome_report.select(config, items)
     for item in items:
         item.user_properties.append(("ops", outcome_report.ops_of(item)))
 """

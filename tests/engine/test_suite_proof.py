@@ -66,16 +66,16 @@ def test_tests_that_nobody_knows_make_everything_red() -> None:
 
 
 def test_outcomes_that_were_cut_off_answer_nothing() -> None:
-    end = {"kind": "end", "exit_code": 0}
-    assert judge([*LINES, *PASSED, end], KEY, is_whole=True).answers(())
-    assert judge([*LINES, *PASSED, end], KEY, is_whole=False).answers(["glu"])
-    assert not judge([*LINES, *PASSED, end], KEY, is_whole=False).answers(["glu", "gae"])
-    assert not judge(LINES + PASSED, KEY, is_whole=True).answers(["glu"])
+    assert judge(LINES + PASSED, KEY, is_whole=True).answers(())
+    assert judge(LINES + PASSED, KEY, is_whole=False).answers(["glu"])
+    assert not judge(LINES + PASSED, KEY, is_whole=False).answers(["glu", "gae"])
+    assert not judge(LINES + PASSED[1:], KEY, is_whole=True).answers(["glu"])
+    assert not judge([], KEY, is_whole=True).answers(())
 
 
 def test_outcomes_of_some_ops_are_added_to_earlier_ones() -> None:
     earlier = proof("glu", "gae", red={"rotary": "1 of 1 tests failed"})
-    again = judge([LINES[0], PASSED[0], {"kind": "end"}], KEY, is_whole=False)
+    again = judge([LINES[0], PASSED[0]], KEY, is_whole=False)
     found = again.over(earlier)
     assert found.green == {"gae": 3, "glu": 1, "rotary": 1}
     assert found.red == {}
@@ -110,7 +110,7 @@ def tree(tmp_path: Path) -> Path:
         "@pytest.mark.covers('rotary')\n"
         "def test_slow(): time.sleep(float(os.environ.get('SLEEP', '0')))\n"
     )
-    markers = "gpu:\n    large:\n    xdist_group(name):\n    covers(*ops):"
+    markers = "gpu:\n    large:\n    covers(*ops):"
     (tmp_path / "pytest.ini").write_text(f"[pytest]\nmarkers =\n    {markers}\n")
     return tmp_path
 
@@ -150,7 +150,11 @@ def test_what_runs_out_of_time_is_red(tree: Path, monkeypatch: pytest.MonkeyPatc
     found = run(tree, seconds=25)
     assert time.monotonic() - began < 60  # killed, not waited for
     assert "did not run to their end" in found.red["rotary"]
-    assert set(found.green) == {"gae", "glu"}
+    # Tests with large tensors come last, and are known to be missing.
+    assert found.red["glu"] == (
+        "1 of 2 tests did not run to their end, first tests/test_ops.py::test_glu_large"
+    )
+    assert set(found.green) == {"gae"}
     monkeypatch.setenv("SLEEP", "0")
     assert run(tree).red == {}  # what was cut off is run again
     sleepers = [

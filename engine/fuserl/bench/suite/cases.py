@@ -22,9 +22,18 @@ ROLLOUT_ROUNDS = 5
 NUM_ROWS = 8192
 VOCAB_SIZES = (32_000, 128_256, 151_936)
 
-DECODING = ("sample_tokens", "rms_norm", "rotary_kv_write", "decode_attention", "glu", "rollout")
-TRAINING = (
+DECODING = (
+    "sample_tokens",
+    "advance_rows",
+    "decode_attention_plan",
+    "rms_norm",
     "rotary",
+    "rotary_kv_write",
+    "decode_attention",
+    "glu",
+    "rollout",
+)
+TRAINING = (
     "linear_token_logprobs",
     "linear_policy_loss",
     "rewards_to_advantages",
