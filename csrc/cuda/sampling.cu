@@ -64,9 +64,9 @@ __device__ Kept truncate(const Row& row, const Options& options, float row_max, 
     return kept;
 }
 
-// Column of the first kept entry, lane by lane, whose cumulative mass exceeds u times the total.
-// The lane's own entries are weighed relative to the largest of them and cut to the lane's share, so
-// the column has mass whatever was rounded.
+// Column of the first kept entry, lane by lane, whose cumulative mass exceeds u times the total. The
+// lane's own entries are weighed relative to the largest of them and cut to the lane's share, so the
+// column has mass whatever was rounded.
 template <typename Row>
 __device__ int draw(const Row& row, const Cumulative& lanes, std::uint64_t uniform_bits,
                     const Kept& kept, float scale) {

@@ -1,14 +1,15 @@
-// The kept set of a row: a prefix of the order (value descending, column ascending), so it ends with
-// one entry, found exactly.
+// The kept set of a row: a prefix of the order (value descending, column ascending), so it ends
+// with one entry, found exactly.
 //
-// Every entry has a code, an integer: the value's bits made to order like the values, then the column
-// counted from the end. Larger codes come first, and no two are equal. A histogram in shared memory,
-// at first over the distance to the maximum, tells in which bin the prefix ends; the entries of that
-// bin are listed, sorted and summed. A bin too full for the list (ties, clusters, the last bin) is
-// binned again by its codes, 2048 to 1, until it fits. So most rows are read twice: for the histogram,
-// and for the list, when the masses of what lies above it are summed for the draw as well.
+// Every entry has a code, an integer: the value's bits made to order like the values, then the
+// column counted from the end. Larger codes come first, and no two are equal. A histogram in shared
+// memory, at first over the distance to the maximum, tells in which bin the prefix ends; the entries
+// of that bin are listed, sorted and summed. A bin too full for the list (ties, clusters, the last
+// bin) is binned again by its codes, 2048 to 1, until it fits. So most rows are read twice: for the
+// histogram, and for the list, when the masses of what lies above it are summed for the draw too.
 //
-// Masses are integers in units of 2^-40 of the heaviest entry's, so threads may add them in any order.
+// Masses are integers in units of 2^-40 of the heaviest entry's, so threads may add them in any
+// order.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -79,7 +80,7 @@ struct Kept {
 // Counts and masses of a block's 2048 bins, or of the lanes.
 struct Histogram {
     unsigned counts[kSlots];
-    unsigned low[kSlots], high[kSlots];  // halves of the masses: shared memory adds 32 bits at a time
+    unsigned low[kSlots], high[kSlots];  // of the masses: shared memory adds 32 bits at a time
 
     __device__ void clear() {
         __syncthreads();
