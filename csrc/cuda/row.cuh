@@ -1,5 +1,5 @@
-// A row of logits in global memory, walked by a block in turns of 2048 columns, of which a thread has
-// eight neighbours. So each thread has eight lanes (column modulo 2048).
+// A row of logits in global memory, walked by a block in turns of 2048 columns, of which a thread
+// has eight neighbours. So each thread has eight lanes (column modulo 2048).
 #pragma once
 
 #include <cuda_runtime.h>
