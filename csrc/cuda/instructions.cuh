@@ -1,5 +1,5 @@
-// Instructions without a name in C++, the very ones that Triton's exp2, division and log become: so
-// a row's statistics get the bits of the Triton kernels. tests/kernels/cuda_emulation has stand-ins.
+// Instructions without a name in C++. Those for exp2 and division are what Triton's become, so a
+// row's statistics get the bits of the Triton kernels. tests/kernels/cuda_emulation has stand-ins.
 #pragma once
 
 #include <cuda_runtime.h>

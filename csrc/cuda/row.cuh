@@ -1,5 +1,5 @@
-// A row of logits in global memory, walked by a block: turn i is the columns 2048 i to 2048 i + 2047,
-// of which a thread has eight neighbours. So each thread has eight lanes (column modulo 2048).
+// A row of logits in global memory, walked by a block in turns of 2048 columns, of which a thread
+// has eight neighbours. So each thread has eight lanes (column modulo 2048).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -71,8 +71,8 @@ class Row {
         }
     }
 
-    // visit(x, where) for each column of the thread; from the first four turns on, or from the end of
-    // the row, where the cache may hold what an upward walk has read last.
+    // visit(x, where) for each column of the thread; from the first four turns on, or from the end
+    // of the row, where the cache may hold what an upward walk has read last.
     template <Walk kWalk, typename Visit>
     __device__ void each(Visit visit) const {
         if (kWalk == Walk::kDown) visit_rest(visit);
@@ -126,7 +126,8 @@ class Row {
             if (skew() & 4) drop_words<1>(words);
             if (skew() & 2) {
 #pragma unroll
-                for (int i = 0; i + 1 < kPieces * 4; ++i) words[i] = middle_of(words[i], words[i + 1]);
+                for (int i = 0; i + 1 < kPieces * 4; ++i)
+                    words[i] = middle_of(words[i], words[i + 1]);
             }
         }
 #pragma unroll

@@ -1,14 +1,15 @@
-// The kept set of a row: a prefix of the order (value descending, column ascending), so it ends with
-// one entry, found exactly.
+// The kept set of a row: a prefix of the order (value descending, column ascending), so it ends
+// with one entry, found exactly.
 //
-// Every entry has a code, an integer: the value's bits made to order like the values, then the column
-// counted from the end. Larger codes come first, and no two are equal. A histogram in shared memory,
-// at first over the distance to the maximum, tells in which bin the prefix ends; the entries of that
-// bin are listed, sorted and summed. A bin too full for the list (ties, clusters, the last bin) is
-// binned again by its codes, 2048 to 1, until it fits. So most rows are read twice: for the histogram,
-// and for the list, when the masses of what lies above it are summed for the draw as well.
+// Every entry has a code, an integer: the value's bits made to order like the values, then the
+// column counted from the end. Larger codes come first, and no two are equal. A histogram in shared
+// memory, at first over the distance to the maximum, tells in which bin the prefix ends; the
+// entries of that bin are listed, sorted and summed. A bin too full for the list (ties, clusters,
+// the last bin) is binned again by its codes, 2048 to 1, until it fits. So most rows are read
+// twice: for the histogram, and for the list, when what lies above it is summed for the draw too.
 //
-// Masses are integers in units of 2^-40 of the heaviest entry's, so threads may add them in any order.
+// Masses are integers in units of 2^-40 of the heaviest entry's, so threads may add them in any
+// order.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -79,7 +80,7 @@ struct Kept {
 // Counts and masses of a block's 2048 bins, or of the lanes.
 struct Histogram {
     unsigned counts[kSlots];
-    unsigned low[kSlots], high[kSlots];  // halves of the masses: shared memory adds 32 bits at a time
+    unsigned low[kSlots], high[kSlots];  // of the masses: shared memory adds 32 bits at a time
 
     __device__ void clear() {
         __syncthreads();
@@ -119,11 +120,14 @@ class Truncation {
     __device__ Truncation(const Row& row, float row_max, float scale, bool counts, bool masses,
                           TruncationStorage& storage)
         : row_(row), row_max_(row_max), scale_(scale), counts_(counts), masses_(masses),
-          storage_(storage) {
-        bin_row();
+          storage_(storage) {}
+
+    // Bins the row, unless the bins are still its own: before find() and total_mass().
+    __device__ void bin() {
+        if (!bins_are_of_row_) bin_row();
     }
 
-    // Of the row. Both need the histogram that was asked for.
+    // Of the row.
     __device__ Mass total_mass() {
         Mass bins[kShare];
         masses_of_bins(bins);
@@ -132,7 +136,6 @@ class Truncation {
 
     // Where the prefix ends. Leaves its end in the list, and its mass in mass().
     __device__ Kept find(const Goal& goal) {
-        if (!bins_are_of_row_) bin_row();
         mass_ = 0;
         const Crossing first = cross(goal, 0);
         Mass before = first.before;

@@ -26,6 +26,7 @@ from typing import Any
 from fuserl_kernels import cuda_build
 from fuserl_kernels.compile_gate import occupancy
 from fuserl_kernels.machine_code import tool
+from fuserl_kernels.triton_runtime import why_no_compiler
 
 _READ: Any = {"capture_output": True, "text": True}
 
@@ -62,8 +63,10 @@ class Row:
 
 
 def _cuobjdump(compiler: Path) -> Path | None:
-    beside = compiler.resolve().with_name("cuobjdump")
-    return next((path for path in (beside, tool("cuobjdump")) if path and path.exists()), None)
+    candidates = [compiler.resolve().with_name("cuobjdump")]
+    if why_no_compiler() is None:
+        candidates.append(tool("cuobjdump"))
+    return next((path for path in candidates if path.exists()), None)
 
 
 def readable(symbols: list[str]) -> dict[str, str]:

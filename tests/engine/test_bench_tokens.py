@@ -17,6 +17,7 @@ from fuserl.bench.rivals import Unavailable
 from fuserl.bench.run import check
 from fuserl.bench.timing import Replay, wall_ms
 from fuserl.bench.truth import SamplerTruth
+from fuserl_kernels import native
 
 BOUND = bound_for("fp32", False, None)
 ON_TOKENS = [op for op in OPS if OPS[op].defaults["cpu"].num_slots]
@@ -266,6 +267,22 @@ def test_a_replay_gives_the_answer_of_the_call() -> None:
         assert problem.truth.value_error(outputs) < 1e-5
         assert problem.truth.gradient_error(gradients) < 1e-5
         assert wall_ms(call, 1.0) > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.covers("sample_tokens")
+@pytest.mark.parametrize("name", ["fuserl-triton", "fuserl-native"])
+def test_both_samplers_of_a_gpu_are_timed(name: str) -> None:
+    if name == "fuserl-native" and (absent := native.why_absent("cuda")) is not None:
+        pytest.skip(absent)
+    case = Case(
+        op="sample_tokens", pass_name="forward", device="cuda", dtype="bf16",
+        num_rows=256, vocab_size=32000, temperature=0.8, top_p=0.95,
+    )  # fmt: skip
+    problem = OPS[case.op].problem(case)
+    provider = next(p for p in providers(case.op) if p.name == name)
+    outputs, _ = Call(problem, provider.make(case), provider.backend).run()
+    assert problem.truth.value_error(outputs) < 1e-4
 
 
 @pytest.mark.gpu

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from suite_parts import proof
+
 import fuserl_kernels as fk
 from fuserl.bench.ops import OPS
 from fuserl.bench.suite.cases import (
@@ -14,6 +16,7 @@ from fuserl.bench.suite.cases import (
     rollout_cases,
     timed_providers,
 )
+from fuserl.bench.suite.proof import Proof
 
 
 def test_every_op_is_timed_before_any_is_timed_again() -> None:
@@ -41,10 +44,22 @@ def test_cases_have_the_sizes_of_their_op() -> None:
 
 def test_the_definition_itself_is_not_timed() -> None:
     for op in OPS:
-        chosen = timed_providers(op)
+        chosen = timed_providers(op, proof())
         assert {provider.backend for provider in chosen if provider.is_ours} >= {"triton"}
         assert not any(provider.backend == "reference" for provider in chosen)
         assert any(not provider.is_ours for provider in chosen)
+
+
+def test_cuda_is_timed_where_tests_of_its_own_are_green() -> None:
+    def backends(found: Proof) -> set[str]:
+        chosen = timed_providers("sample_tokens", found)
+        return {provider.backend for provider in chosen if provider.backend is not None}
+
+    green = proof("sample_tokens", "native sample_tokens")
+    assert backends(green) == {"triton", "native"}
+    assert backends(proof("sample_tokens")) == {"triton"}
+    failed = proof("sample_tokens", red={"native sample_tokens": "1 of 1 tests failed"})
+    assert backends(failed) == {"triton"}
 
 
 def test_rollouts_begin_with_steps_of_each_shape_and_meet_the_rivals_early() -> None:

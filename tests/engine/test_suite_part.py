@@ -27,7 +27,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without what takes seconds: ceilings, and rivals that compile."""
     monkeypatch.setattr(run, "measure_ceilings", lambda device, dtype: CEILINGS)
     monkeypatch.setattr(cases, "ROUNDS", 3)
-    monkeypatch.setattr(cases, "timed_providers", lambda op: providers(op, "fuserl-reference"))
+    monkeypatch.setattr(cases, "timed_providers", lambda op, _: providers(op, "fuserl-reference"))
 
 
 def a_part(*chosen: AnyCase) -> Part:

@@ -39,7 +39,7 @@ def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(machine, "describe", lambda root, device, commit: {**MACHINE, "x": device})
     monkeypatch.setattr(extension, "build", lambda root: Build("cuda", True, 3.0, ""))
     monkeypatch.setattr(cases, "ROUNDS", 3)
-    monkeypatch.setattr(cases, "timed_providers", lambda op: providers(op, "fuserl-reference"))
+    monkeypatch.setattr(cases, "timed_providers", lambda op, _: providers(op, "fuserl-reference"))
     monkeypatch.setitem(session.PARTS, "ops", Part("ops", lambda: [ROWS], "ms: of a call"))
     return asked
 

@@ -87,6 +87,18 @@ def test_a_number_without_green_tests_is_never_shown(
     assert ROWS.title in hidden
 
 
+def test_cuda_without_green_tests_of_its_own_is_not_shown(
+    timed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    faster = {**timed[0]["results"][0], "provider": "fuserl-native", "is_ours": True}
+    faster = {**faster, "median_ms": 1e-3, "samples_ms": [1e-3]}
+    case = {**timed[0], "results": [*timed[0]["results"], faster]}
+    write(tmp_path, [case])
+    assert f"| {ROWS.title} | reference |" in write_summary(tmp_path)
+    write(tmp_path, [case], proof=proof("token_logprobs", "native token_logprobs"))
+    assert f"| {ROWS.title} | native |" in write_summary(tmp_path)
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "ops.json").write_text('{"format": 1, "cases": []}')
     with pytest.raises(ValueError, match=r"ops\.json: not a file of the GPU suite"):

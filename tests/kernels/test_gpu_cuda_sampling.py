@@ -15,6 +15,7 @@ from fuserl_kernels.triton_sampling import sample_triton
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.covers("native sample_tokens"),
     pytest.mark.skipif(
         native.why_absent("cuda") is not None,
         reason="CUDA C++ kernels are not built: FUSERL_BUILD=cuda python setup.py build_ext -i",
@@ -136,6 +137,7 @@ def test_it_runs_on_the_current_stream():
     assert (token_ids == 777).all()
 
 
+@pytest.mark.large
 def test_past_two_to_the_31():
     logits = torch.zeros(17_000, 151_936, device=DEVICE, dtype=torch.bfloat16)
     logits[:, 1000] = 50.0

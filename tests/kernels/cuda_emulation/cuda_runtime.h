@@ -1,10 +1,10 @@
-// Stands in for CUDA's header of the same name, so that device code compiles as plain C++ and runs on
-// the CPU: what the kernels of csrc/cuda use of it, and no more.
+// Stands in for CUDA's header of the same name, so that device code compiles as plain C++ and runs
+// on the CPU: what the kernels of csrc/cuda use of it, and no more.
 //
-// The threads of a block are fibers of one OS thread, which switch where they wait for each other: a
-// warp goes on until all of it waits for the block; blocks run one after another. So a race shows only
-// as a dependence on the order of the threads: run a kernel in both orders. A barrier that some
-// threads never reach ends the process.
+// The threads of a block are fibers of one OS thread, which switch where they wait for each other:
+// a warp goes on until all of it waits for the block; blocks run one after another. So a race shows
+// only as a dependence on the order of the threads: run a kernel in both orders. A barrier that
+// some threads never reach ends the process.
 #pragma once
 
 #include <csetjmp>
@@ -90,7 +90,8 @@ class Block {
     }
 
     unsigned next(unsigned thread, bool in_warp) const {
-        const unsigned size = in_warp ? kWarpSize : size_, first = in_warp ? thread / size * size : 0;
+        const unsigned size = in_warp ? kWarpSize : size_;
+        const unsigned first = in_warp ? thread / size * size : 0;
         unsigned place = thread - first;
         do place = (descending ? place + size - 1 : place + 1) % size;
         while (finished_[first + place]);

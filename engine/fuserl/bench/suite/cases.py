@@ -13,6 +13,7 @@ from fuserl.bench.output import Table
 from fuserl.bench.rl_phases import PhasesCase
 from fuserl.bench.rollout_problem import WORKLOADS, RolloutCase, Workload
 from fuserl.bench.run import run_case
+from fuserl.bench.suite.proof import Proof, in_cuda
 from fuserl.bench.timing import Ceilings
 
 AnyCase = Case | StepCase | RolloutCase | PhasesCase
@@ -232,7 +233,7 @@ PARTS = {
 }
 
 
-def measure(case: AnyCase, ceilings: Ceilings, seconds: float) -> Table:
+def measure(case: AnyCase, ceilings: Ceilings, seconds: float, proof: Proof) -> Table:
     """seconds: of timed rounds; checks, captures and compilation come on top. Raises WrongAnswer,
     and Unavailable where what a case is compared to is not installed."""
     if isinstance(case, StepCase):
@@ -241,9 +242,14 @@ def measure(case: AnyCase, ceilings: Ceilings, seconds: float) -> Table:
         return rollout.run_case(case, ROLLOUT_ROUNDS, seconds)
     if isinstance(case, PhasesCase):
         return rl_phases.run_case(case, ceilings, seconds)
-    return run_case(case, timed_providers(case.op), ceilings, ROUNDS, seconds)
+    return run_case(case, timed_providers(case.op, proof), ceilings, ROUNDS, seconds)
 
 
-def timed_providers(op: str) -> list[Provider]:
-    """The reference is the definition: on a GPU it is slow, and the tests have judged by it."""
-    return [provider for provider in providers(op) if provider.backend != "reference"]
+def timed_providers(op: str, proof: Proof) -> list[Provider]:
+    """Not the reference: it is the definition, on a GPU it is slow, and the tests have judged by
+    it. And CUDA C++, which runs only where it is asked for, not unless tests of its own are
+    green."""
+    unproven = {"reference"}
+    if proof.why_red([in_cuda(op)]) is not None:
+        unproven.add("native")
+    return [provider for provider in providers(op) if provider.backend not in unproven]

@@ -72,7 +72,7 @@ def time_part(part: Part, record: Record, deadline: float, ops: Collection[str] 
         if reason is None:
             try:
                 seconds = min(CASE_SECONDS, deadline - time.monotonic())
-                found = measure(case, record.ceilings, seconds)
+                found = measure(case, record.ceilings, seconds, record.proof)
                 record.keep(case, found)
                 print(found.table(), end="\n\n", flush=True)
             except Unavailable as absent:

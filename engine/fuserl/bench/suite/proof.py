@@ -26,6 +26,11 @@ _ONE_TEST_SECONDS = 120
 _KEPT_FAILURES = 20
 
 
+def in_cuda(op: str) -> str:
+    """What tests of an op's CUDA C++ say that they cover."""
+    return f"native {op}"
+
+
 @dataclass(frozen=True, slots=True)
 class Proof:
     key: Mapping[str, Any]
@@ -178,7 +183,8 @@ def _run(
     if left <= 0:
         return
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", selection]
-    command += ["--tb=short", *(f"--covers={op}" for op in sorted(ops))]
+    names = [*ops, *map(in_cuda, ops)]
+    command += ["--tb=short", *(f"--covers={name}" for name in sorted(names))]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(workers, os.cpu_count() or 1))]
     if importlib.util.find_spec("pytest_timeout") is not None:
