@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from suite_parts import KEY, proof
 
+from fuserl.bench.suite import proof as suite_proof
 from fuserl.bench.suite.proof import judge, prove
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,7 @@ PASSED = [outcome("a", "passed"), outcome("b", "passed"), outcome("c", "passed")
 
 
 def test_an_op_is_green_where_all_its_tests_passed() -> None:
-    found = judge(LINES + PASSED, KEY, is_whole=True)
+    found = judge([LINES + PASSED], KEY, is_whole=True)
     assert found.green == {"glu": 2, "rotary": 1, "rms_norm": 1}
     assert found.red == {}
     assert found.why_red(["glu", "rotary"]) is None
@@ -45,7 +46,7 @@ def test_an_op_is_green_where_all_its_tests_passed() -> None:
     ],
 )
 def test_else_it_is_red_with_the_reason(lines: list[dict[str, Any]], op: str, reason: str) -> None:
-    found = judge(LINES + lines, KEY, is_whole=True)
+    found = judge([LINES + lines], KEY, is_whole=True)
     assert found.red[op] == reason
     assert op not in found.green
     assert found.why_red([op]) == f"{op}: {reason}"
@@ -54,28 +55,42 @@ def test_else_it_is_red_with_the_reason(lines: list[dict[str, Any]], op: str, re
 
 def test_a_skip_among_passes_is_no_harm() -> None:
     lines = [*LINES, outcome("a", "passed"), outcome("b", "skipped"), outcome("c", "passed")]
-    assert judge(lines, KEY, is_whole=True).green["glu"] == 1
+    assert judge([lines], KEY, is_whole=True).green["glu"] == 1
 
 
 def test_tests_that_nobody_knows_make_everything_red() -> None:
     broken = {"kind": "collection_error", "id": "test_x.py", "reason": "E  ImportError: gone"}
-    found = judge([*LINES, broken, *PASSED], KEY, is_whole=True)
+    found = judge([[*LINES, broken, *PASSED]], KEY, is_whole=True)
     assert "test_x.py: E  ImportError: gone" in str(found.why_red(["glu"]))
-    found = judge([], KEY, is_whole=True)
+    unknown = "tests could not be collected: a run ended before its tests were known"
+    assert judge([[]], KEY, is_whole=True).why_red(["glu"]) == unknown
+    # The run of tests with large tensors says nothing of them: they are not left out.
+    begun = {"kind": "session", "selection": "gpu and large"}
+    end = {"kind": "end", "exit_code": 0}
+    for large in ([], [begun], [begun, {**end, "exit_code": 3}]):
+        found = judge([[*LINES, *PASSED, end], large], KEY, is_whole=True)
+        assert found.why_red(["glu"]) == unknown
+    large = [begun, {**end, "exit_code": 5}]  # there is none of these ops
+    found = judge([[*LINES, *PASSED, end], large], KEY, is_whole=True)
+    assert found.why_red(["glu"]) is None
+    assert found.is_complete
+    found = judge([[begun, {**end, "exit_code": 5}]], KEY, is_whole=True)
     assert found.why_red(["glu"]) == "tests could not be collected: none was found"
 
 
 def test_outcomes_that_were_cut_off_answer_nothing() -> None:
     end = {"kind": "end", "exit_code": 0}
-    assert judge([*LINES, *PASSED, end], KEY, is_whole=True).answers(())
-    assert judge([*LINES, *PASSED, end], KEY, is_whole=False).answers(["glu"])
-    assert not judge([*LINES, *PASSED, end], KEY, is_whole=False).answers(["glu", "gae"])
-    assert not judge(LINES + PASSED, KEY, is_whole=True).answers(["glu"])
+    assert judge([[*LINES, *PASSED, end]], KEY, is_whole=True).answers(())
+    two = [[*LINES[1:], *PASSED[1:], end], [LINES[0], PASSED[0]]]
+    assert not judge(two, KEY, is_whole=True).answers(())
+    assert judge([[*LINES, *PASSED, end]], KEY, is_whole=False).answers(["glu"])
+    assert not judge([[*LINES, *PASSED, end]], KEY, is_whole=False).answers(["glu", "gae"])
+    assert not judge([LINES + PASSED], KEY, is_whole=True).answers(["glu"])
 
 
 def test_outcomes_of_some_ops_are_added_to_earlier_ones() -> None:
     earlier = proof("glu", "gae", red={"rotary": "1 of 1 tests failed"})
-    again = judge([LINES[0], PASSED[0], {"kind": "end"}], KEY, is_whole=False)
+    again = judge([[LINES[0], PASSED[0], {"kind": "end"}]], KEY, is_whole=False)
     found = again.over(earlier)
     assert found.green == {"gae": 3, "glu": 1, "rotary": 1}
     assert found.red == {}
@@ -98,7 +113,7 @@ def tree(tmp_path: Path) -> Path:
         "    outcome_report.select(config, items)\n"
     )
     (tests / "test_ops.py").write_text(
-        "import os, time, pytest\n"
+        "import ctypes, os, time, pytest\n"
         "pytestmark = pytest.mark.gpu\n"
         "@pytest.mark.covers('glu')\n"
         "def test_glu(): pass\n"
@@ -107,6 +122,11 @@ def tree(tmp_path: Path) -> Path:
         "def test_glu_large(): open('large_ran', 'w').close()\n"
         "@pytest.mark.covers('gae')\n"
         "def test_gae(): assert not os.environ.get('BREAK_GAE'), 'gae is broken'\n"
+        "@pytest.mark.covers('layer_norm')\n"
+        "def test_stuck():\n"
+        "    lock = ctypes.create_string_buffer(64)\n"
+        "    for _ in range(1 + ('STUCK' in os.environ)):\n"
+        "        ctypes.CDLL(None).pthread_mutex_lock(lock)\n"
         "@pytest.mark.covers('rotary')\n"
         "def test_slow(): time.sleep(float(os.environ.get('SLEEP', '0')))\n"
     )
@@ -123,7 +143,7 @@ def test_tests_are_run_once_for_the_same_sources(
     tree: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     found = run(tree)
-    assert found.green == {"glu": 2, "gae": 1, "rotary": 1}
+    assert found.green == {"glu": 2, "gae": 1, "layer_norm": 1, "rotary": 1}
     assert (tree / "large_ran").exists()
     monkeypatch.setenv("BREAK_GAE", "1")
     capfd.readouterr()
@@ -131,7 +151,7 @@ def test_tests_are_run_once_for_the_same_sources(
     assert "as they were, for the same sources" in capfd.readouterr().out
     found = run(tree, key={**KEY, "sources": "changed"})
     assert "gae is broken" in found.failures[0]["reason"]
-    assert set(found.green) == {"glu", "rotary"}
+    assert set(found.green) == {"glu", "layer_norm", "rotary"}
     assert set(found.red) == {"gae"}
 
 
@@ -144,13 +164,27 @@ def test_only_the_tests_of_the_ops_that_were_asked_for(tree: Path) -> None:
     assert run(tree, "gae", "rotary").green == {"gae": 1, "rotary": 1}
 
 
+def test_a_test_that_waits_for_ever_is_red_alone(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a kernel that never ends: no signal reaches Python."""
+    pytest.importorskip("xdist", reason="a worker can be replaced, a process alone cannot")
+    pytest.importorskip("pytest_timeout", reason="else it is ended with all others")
+    monkeypatch.setenv("STUCK", "1")
+    monkeypatch.setattr(suite_proof, "_ONE_TEST_SECONDS", 3)
+    found = run(tree)
+    assert "1 of 1 tests failed" in found.red["layer_norm"]
+    assert set(found.green) == {"gae", "glu", "rotary"}
+    assert found.is_complete
+
+
 def test_what_runs_out_of_time_is_red(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLEEP", "1000")
     began = time.monotonic()
     found = run(tree, seconds=25)
     assert time.monotonic() - began < 60  # killed, not waited for
     assert "did not run to their end" in found.red["rotary"]
-    assert set(found.green) == {"gae", "glu"}
+    assert set(found.green) == {"gae", "glu", "layer_norm"}
     monkeypatch.setenv("SLEEP", "0")
     assert run(tree).red == {}  # what was cut off is run again
     sleepers = [

@@ -158,6 +158,14 @@ def test_the_machine_is_told_apart_by_its_sources(tmp_path: Path) -> None:
     source.write_text("b")
     source.rename(tmp_path / "kernels" / "y.py")
     assert machine.source_digest(tmp_path) != first
+    modules = tmp_path / "kernels" / "fuserl_kernels"
+    modules.mkdir()
+    assert machine.built_modules(tmp_path) == {}
+    (modules / "_native.cpython-312.so").write_text("built")
+    before = machine.built_modules(tmp_path)
+    assert list(before) == ["_native.cpython-312.so"]
+    (modules / "_native.cpython-312.so").write_text("built again")
+    assert machine.built_modules(tmp_path) != before
     found = machine.describe(ROOT, "cpu", "a commit")
     assert found["commit"] == "a commit"
     assert found["sources"] == machine.source_digest(ROOT)
@@ -178,6 +186,15 @@ def test_a_build_that_fails_is_told_and_raises_nothing(
     assert str(extension.build(tmp_path)) == (
         "native modules (cpu): not built, the build failed:\nno header"
     )
+    monkeypatch.setattr(extension.shutil, "which", lambda name: name)
+    (tmp_path / "setup.py").write_text(
+        "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+    )
+    monkeypatch.setattr(extension, "_LONGEST_SECONDS", 0.5)
+    began = time.monotonic()
+    assert str(extension.build(tmp_path)).endswith("not built, not done after 0 s")
+    assert time.monotonic() - began < 10  # nor is the compiler that it started waited for
+    monkeypatch.undo()
     monkeypatch.setattr(extension.shutil, "which", lambda name: name)
     (tmp_path / "setup.py").write_text(
         "import os, sys\nassert os.environ['FUSERL_BUILD'] == 'cuda'\n"

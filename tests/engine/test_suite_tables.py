@@ -94,6 +94,7 @@ def test_ours_is_what_a_user_gets_though_another_of_ours_be_faster(
         ({"proof": proof(*DECODING, red={"token_logprobs": "2 of 5 tests failed"})}, "2 of 5"),
         ({"proof": proof(*DECODING)}, "token_logprobs: no test of it has run"),
         ({"sources": "another"}, "its tests were those of other sources (abc)"),
+        ({"modules": {}}, "its tests were those of other native modules ({'_native.so': 'def'})"),
         ({"proof": proof("token_logprobs", *DECODING, errors=["test_x.py: gone"])}, "test_x.py"),
     ],
 )

@@ -39,10 +39,11 @@ def draw(folder: Path, path: Path) -> bool:
 
 def bars(results: Results) -> list[tuple[str, float]]:
     """(what, share of the limit) of what a user gets."""
-    found = []
-    for case in results.of_kind("op"):
-        if (ours := ours_of(case)) is not None:
-            found.append((case["title"], case["floor_ms"] / ours["median_ms"]))
+    found = [
+        (case["title"], case["floor_ms"] / ours["median_ms"])
+        for case in results.of_kind("op")
+        if (ours := ours_of(case)) is not None
+    ]
     for case in results.of_kind("decode_steps"):
         for one in case["results"]:
             if one["samples_ms"]:

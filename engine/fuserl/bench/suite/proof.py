@@ -2,15 +2,13 @@
 
 The tests name the ops they cover and write their outcomes line by line (tests/outcome_report.py).
 An op is green where every test that covers it has run and none failed; all others are red, each
-with its reason. Outcomes are kept beside the build, and hold until the sources, the device or a
-version change.
+with its reason. Outcomes are kept beside the build, and hold until the sources, what was built of
+them, the device or a version change.
 """
 
 import importlib.util
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -19,16 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from fuserl.bench.output import write_json
+from fuserl.bench.suite.processes import Job, run_until
 
 _WORKERS = 6
 _ONE_TEST_SECONDS = 120
 _KEPT_FAILURES = 20
+_NONE_SELECTED = 5
+"""pytest's exit code."""
 
 
 @dataclass(frozen=True, slots=True)
 class Proof:
     key: Mapping[str, Any]
-    """What the outcomes hold for: sources, device, versions."""
+    """What the outcomes hold for: sources, built modules, device, versions."""
     is_whole: bool
     """Whether all tests were asked for, or only those of some ops."""
     is_complete: bool
@@ -96,10 +97,15 @@ def prove(
         return before
     began = time.monotonic()
     kept.parent.mkdir(parents=True, exist_ok=True)
-    report = kept.with_name("tests.jsonl")
-    report.unlink(missing_ok=True)
-    _run(root, ops, report, deadline)
-    found = judge(_lines(report), key, is_whole=not ops, seconds=time.monotonic() - began)
+    runs = _runs()
+    reports = [kept.with_name(f"tests-{number}.jsonl") for number in range(len(runs))]
+    for report in reports:
+        report.unlink(missing_ok=True)
+    jobs = [_job(root, ops, run, report) for run, report in zip(runs, reports, strict=True)]
+    if None in run_until(jobs, deadline, root):
+        print("the GPU tests ran out of time", flush=True)
+    seconds = time.monotonic() - began
+    found = judge([_lines(report) for report in reports], key, is_whole=not ops, seconds=seconds)
     if before is not None and before.is_complete:
         found = found.over(before)
     write_json(kept, found.to_json())
@@ -107,18 +113,21 @@ def prove(
 
 
 def judge(
-    lines: Sequence[Mapping[str, Any]],
+    runs: Sequence[Sequence[Mapping[str, Any]]],
     key: Mapping[str, Any],
     *,
     is_whole: bool,
     seconds: float = 0.0,
 ) -> Proof:
-    """lines: of a report of tests/outcome_report.py, which may have been cut off."""
+    """runs: the lines of each report of tests/outcome_report.py, which may have been cut off."""
     collected: dict[str, Sequence[str]] = {}
     outcomes: dict[str, str] = {}
     failures: list[dict[str, str]] = []
     errors: list[str] = []
-    for line in lines:
+    for lines in runs:
+        if _knows_not_its_tests(lines):
+            errors.append("a run ended before its tests were known")
+    for line in (line for lines in runs for line in lines):
         if line["kind"] == "collected":
             collected[line["id"]] = line["ops"]
         elif line["kind"] == "collection_error":
@@ -144,8 +153,14 @@ def judge(
             red[op] = f"all of {len(ids)} tests were skipped"
         else:
             green[op] = passed
-    is_complete = bool(lines) and lines[-1]["kind"] == "end"
+    is_complete = all(lines and lines[-1]["kind"] == "end" for lines in runs)
     return Proof(key, is_whole, is_complete, green, red, failures[:_KEPT_FAILURES], errors, seconds)
+
+
+def _knows_not_its_tests(lines: Sequence[Mapping[str, Any]]) -> bool:
+    if any(line["kind"] == "collected" for line in lines):
+        return False
+    return not (lines and lines[-1].get("exit_code") == _NONE_SELECTED)
 
 
 def _last_line(text: str) -> str:
@@ -166,17 +181,34 @@ def _lines(report: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in report.read_text().split("\n")[:-1]]
 
 
-def _run(root: Path, ops: Collection[str], report: Path, deadline: float) -> None:
-    """pytest, its output passed on; killed with all its workers at the deadline. Where there are
-    workers, one of them runs all tests with large tensors."""
-    left = deadline - time.monotonic()
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One pytest. workers: of pytest-xdist; 0 for none."""
+
+    selection: str
+    workers: int
+
+
+def _runs() -> list[_Run]:
+    """All at once. Tests with large tensors have one worker of their own, which leaves room for
+    them. They are not a group (--dist loadgroup) of one run: where a worker dies, with the device
+    or of its time, xdist 3.8 waits for ever for the last group."""
+    if importlib.util.find_spec("xdist") is None:
+        return [_Run("gpu", 0)]
+    workers = min(_WORKERS, os.cpu_count() or 1)
+    return [_Run("gpu and not large", max(1, workers - 1)), _Run("gpu and large", 1)]
+
+
+def _job(root: Path, ops: Collection[str], run: _Run, report: Path) -> Job:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", run.selection]
     command += ["--tb=short", *(f"--covers={op}" for op in sorted(ops))]
-    if importlib.util.find_spec("xdist") is not None:
-        workers = min(_WORKERS, os.cpu_count() or 1)
-        command += ["-n", str(workers), "--dist", "loadgroup"]
+    if run.workers:
+        command += ["-n", str(run.workers)]
     if importlib.util.find_spec("pytest_timeout") is not None:
         command += [f"--timeout={_ONE_TEST_SECONDS}"]
+        # A wait for a kernel that never ends hears no signal: only the end of its process helps,
+        # and a worker that ends is replaced.
+        command += ["--timeout-method=thread"] if run.workers else []
     sources = [str(root / "engine"), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
@@ -184,15 +216,4 @@ def _run(root: Path, ops: Collection[str], report: Path, deadline: float) -> Non
         "FUSERL_TEST_REPORT": str(report),
     }
     print(f"$ {' '.join(command[1:])} tests", flush=True)
-    process = subprocess.Popen(
-        [*command, "tests"], cwd=root, env=environment, start_new_session=True
-    )
-    try:
-        process.wait(timeout=max(0.0, left))
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        print("the GPU tests ran out of time", flush=True)
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
+    return Job([*command, "tests"], environment)

@@ -57,7 +57,7 @@ def run_session(
         ops,
         time.monotonic() + _TEST_SHARE * (deadline - time.monotonic()),
         root / "build" / "gpu" / "proof.json",
-        {name: found[name] for name in ("sources", "device", "versions")},
+        {name: found[name] for name in ("sources", "modules", "device", "versions")},
     )
     print(f"{proof}\n", flush=True)
     torch.manual_seed(0)
