@@ -84,8 +84,12 @@ def test_ours_is_what_a_user_gets_though_another_of_ours_be_faster(
     assert "| triton | 4 [4, 4] | 3 | 75% | 2.00x | - | - |" in row
     (bar,) = bars(read_folder(tmp_path)[0])
     assert bar[1] == 0.75
-    write(tmp_path, [{**case, "results": [results[0], {**results[1], "samples_ms": []}]}])
-    assert ROWS.title not in write_summary(tmp_path)
+    full = {**results[1], "samples_ms": [], "status": "out of memory", "reason": "9 GB"}
+    write(tmp_path, [{**case, "results": [results[0], full]}])
+    assert f"\n- {ROWS.title}: fuserl-triton: out of memory, 9 GB" in write_summary(tmp_path)
+    assert bars(read_folder(tmp_path)[0]) == []
+    write(tmp_path, [{**case, "results": [results[0]]}])
+    assert "fuserl-triton, which a user gets, was not timed" in write_summary(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,9 @@ NUM_ROWS = 8192
 VOCAB_SIZES = (32_000, 128_256, 151_936)
 
 DECODING = ("sample_tokens", "rms_norm", "rotary_kv_write", "decode_attention", "glu", "rollout")
+PROMPTS = ("rotary",)
 TRAINING = (
-    "rotary",
+    *PROMPTS,
     "linear_token_logprobs",
     "linear_policy_loss",
     "rewards_to_advantages",
@@ -38,7 +39,9 @@ def needs(case: AnyCase) -> tuple[str, ...]:
     """The ops (and "rollout") whose tests must be green for this case's numbers to be shown."""
     if isinstance(case, Case):
         return (case.op,)
-    return DECODING if isinstance(case, StepCase | RolloutCase) else (*DECODING, *TRAINING)
+    if isinstance(case, StepCase):
+        return DECODING
+    return (*DECODING, *PROMPTS) if isinstance(case, RolloutCase) else (*DECODING, *TRAINING)
 
 
 # --- ops

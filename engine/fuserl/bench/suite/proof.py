@@ -123,10 +123,8 @@ def judge(
     collected: dict[str, Sequence[str]] = {}
     outcomes: dict[str, str] = {}
     failures: list[dict[str, str]] = []
-    errors: list[str] = []
-    for lines in runs:
-        if _knows_not_its_tests(lines):
-            errors.append("a run ended before its tests were known")
+    unknown = "a run ended before its tests were known"
+    errors = [unknown for lines in runs if _knows_not_its_tests(lines)]
     for line in (line for lines in runs for line in lines):
         if line["kind"] == "collected":
             collected[line["id"]] = line["ops"]
