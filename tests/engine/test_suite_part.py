@@ -128,8 +128,12 @@ def test_nothing_is_asked_of_a_device_that_answers_no_more(
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", dead)
     wrong = time_part(a_part(ROWS, OTHER), record(tmp_path, "ops", GREEN), soon())
-    assert wrong == [f"the device answers no more since {ROWS.title}"]
-    assert not content(tmp_path)["is_finished"]
+    lost = f"the device answers no more since {ROWS.title}"
+    assert wrong == [lost]
+    found = content(tmp_path)
+    assert not found["is_finished"]
+    assert [case["title"] for case in found["cases"]] == [ROWS.title]
+    assert found["not_timed"] == [{"title": OTHER.title, "reason": lost}]
 
 
 def test_nothing_of_a_case_is_left_for_the_next(

@@ -66,10 +66,11 @@ def time_part(part: Part, record: Record, deadline: float, ops: Collection[str] 
     ops: only cases of these (all where it is empty). deadline: of time.monotonic().
     """
     wrong: list[str] = []
+    lost: str | None = None
     for case in part.cases():
         if ops and not set(ops) & set(needs(case)):
             continue
-        reason = _why_not(case, record.proof, deadline)
+        reason = lost or _why_not(case, record.proof, deadline)
         if reason is None:
             try:
                 _release_leftovers()
@@ -86,12 +87,11 @@ def time_part(part: Part, record: Record, deadline: float, ops: Collection[str] 
             print(f"{case.title}: not timed, {reason}\n", flush=True)
             record.not_timed.append({"title": case.title, "reason": reason})
         record.write()
-        if not _device_answers():
-            wrong.append(f"the device answers no more since {case.title}")
-            break
-    else:
-        record.is_finished = True
-        record.write()
+        if lost is None and not _device_answers():
+            lost = f"the device answers no more since {case.title}"
+            wrong.append(lost)
+    record.is_finished = lost is None
+    record.write()
     print(part.units)
     return wrong
 
