@@ -6,8 +6,8 @@ FILE is made anew, and each line is written when it is known, so that a run that
 leaves what it has found. Also under xdist. One JSON object a line, by its "kind":
 
     session           selection (of -m), torch, triton, device (its name, or null)
-    collected         id, ops (what the test covers, sorted), large: each test that covers an op
-                      (of those asked for), whatever -m leaves of them, before any runs
+    collected         id, ops (what the test covers, sorted), large: each test for a GPU (of the
+                      ops asked for), whatever -m leaves of them, before any runs
     collection_error  id (the file), reason: its tests are unknown
     outcome           id, ops, outcome ("passed", "failed" or "skipped"), seconds, reason (""
                       where it passed). A test has a second line where its teardown failed.
@@ -43,15 +43,15 @@ def add_options(parser: pytest.Parser) -> None:
 
 
 def select(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what covers none of the ops asked for; report what is left that covers any. For
-    hooks of conftest.py, which run before -m leaves more of them out."""
+    """Leave out what covers none of the ops asked for, and report what is left. For hooks of
+    conftest.py, which run before -m leaves more of them out."""
     wanted = set(config.getoption("covers"))
     if wanted:
         config.hook.pytest_deselected(items=[i for i in items if not wanted & set(ops_of(i))])
         items[:] = [item for item in items if wanted & set(ops_of(item))]
     report = config.pluginmanager.get_plugin(_NAME)
     if report is not None:
-        report.collected([item for item in items if ops_of(item)])
+        report.collected([i for i in items if ops_of(i) or i.get_closest_marker("gpu")])
 
 
 def ops_of(item: pytest.Item) -> list[str]:

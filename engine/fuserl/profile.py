@@ -63,6 +63,7 @@ def profile_step(
     data: in the place of config.data; reward: of config.reward_model."""
     out = Path(config.out)
     _refuse_folder(out, overwrite=config.overwrite)
+    out.mkdir(parents=True, exist_ok=True)  # where that fails, before minutes are spent
     keep_freed_memory()  # as a run does
     opened = open_run(config, data, reward, num_steps=max(config.steps, config.warmup_steps + 3))
     device = opened.policy.model.device.type
@@ -87,7 +88,6 @@ def profile_step(
     with profiled(device) as profiler:
         steps.take(Clock())
 
-    out.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         (out / name).unlink(missing_ok=True)
     memory = write_memory(profiler, device, out)  # before anything else takes memory

@@ -11,7 +11,12 @@ from fuserl.bench.suite.proof import Proof
 from fuserl.bench.timing import Ceilings
 
 CEILINGS = Ceilings(1e9, 1e9, "bf16", 0.002)
-KEY = {"sources": "abc", "device": "a GPU", "versions": {"torch": "2.11.0", "triton": "3.6.0"}}
+KEY = {
+    "sources": "abc",
+    "modules": {"_native.so": "def"},
+    "device": "a GPU",
+    "versions": {"torch": "2.11.0", "triton": "3.6.0"},
+}
 MACHINE = {**KEY, "date": "2026-01-02T03:04:05+00:00", "commit": "0123456789abcdef", "threads": 1}
 ROWS = Case(
     op="token_logprobs",

@@ -20,7 +20,7 @@ from fuserl.bench.case import Case, Cost, linear_cost, rows_cost
 from fuserl.bench.checking import Call, bound_for, measure_error
 from fuserl.bench.memory import peak_extra_bytes, why_not_measured
 from fuserl.bench.op import BASELINE, Provider
-from fuserl.bench.ops import OPS, providers
+from fuserl.bench.ops import OPS, default_provider, providers
 from fuserl.bench.output import WrongAnswer
 from fuserl.bench.problem import Problem
 from fuserl.bench.report import CaseReport, Result
@@ -29,6 +29,7 @@ from fuserl.bench.run import cases_of, run_bench, run_case
 from fuserl.bench.timing import Ceilings, interleave, measure_ceilings, quartiles
 from fuserl.bench.truth import Error, Tensors, Truth
 from fuserl.config import BenchConfig
+from fuserl_kernels import native
 from fuserl_kernels.registration import tables
 
 ROOT = Path(__file__).parents[2]
@@ -252,6 +253,16 @@ def test_every_op_is_registered_and_starts_with_torch() -> None:
         assert next(iter(op.rivals)) == BASELINE
         assert {p.backend for p in providers(name) if p.is_ours} == set(tables()[name])
         assert {p.name for p in providers(name, REFERENCE)} == {REFERENCE, BASELINE}
+
+
+def test_the_default_is_what_runs_where_nobody_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = tiny("token_logprobs")
+    monkeypatch.setattr(native, "why_absent", lambda device_type="cpu": None)
+    assert default_provider(case) == "fuserl-native"
+    monkeypatch.setattr(native, "why_absent", lambda device_type="cpu": "it is not built")
+    with fk.use_backend("reference"):  # a choice is not the default
+        assert default_provider(case) == REFERENCE
+    assert default_provider(case) == REFERENCE
 
 
 def test_a_backend_that_cannot_run_says_why() -> None:

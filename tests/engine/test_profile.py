@@ -197,6 +197,15 @@ def test_options_that_make_no_sense_are_refused(
         config(tmp_path / "out", **options)
 
 
+def test_a_folder_that_cannot_be_made_is_told_before_any_work(
+    config: Callable[..., ProfileConfig], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    asked = dataclasses.replace(config(tmp_path / "file"), model=str(tmp_path / "no model"))
+    with pytest.raises(FileExistsError):
+        run_profile(asked)
+
+
 def test_a_reward_is_needed(config: Callable[..., ProfileConfig], tmp_path: Path) -> None:
     asked = dataclasses.replace(config(tmp_path / "out"), reward_model=None)
     with pytest.raises(ValueError, match=r"reward_model is missing \(a Python function needs"):

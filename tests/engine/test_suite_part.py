@@ -2,6 +2,7 @@
 
 import json
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,8 +128,35 @@ def test_nothing_is_asked_of_a_device_that_answers_no_more(
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", dead)
     wrong = time_part(a_part(ROWS, OTHER), record(tmp_path, "ops", GREEN), soon())
-    assert wrong == [f"the device answers no more since {ROWS.title}"]
-    assert not content(tmp_path)["is_finished"]
+    lost = f"the device answers no more since {ROWS.title}"
+    assert wrong == [lost]
+    found = content(tmp_path)
+    assert not found["is_finished"]
+    assert [case["title"] for case in found["cases"]] == [ROWS.title]
+    assert found["not_timed"] == [{"title": OTHER.title, "reason": lost}]
+
+
+def test_nothing_of_a_case_is_left_for_the_next(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    left: list[weakref.ref[Any]] = []
+    found: list[bool] = []
+
+    class Model:
+        def __init__(self) -> None:
+            self.itself = self  # nothing but the collector frees it
+
+    def measure(case: AnyCase, *rest: Any) -> Table:
+        found.extend(model() is not None for model in left)
+        left.append(weakref.ref(Model()))
+        raise Unavailable("once")
+
+    resets: list[None] = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(None))
+    monkeypatch.setattr(part, "measure", measure)
+    time_part(a_part(ROWS, OTHER), record(tmp_path, "ops", GREEN), soon())
+    assert found == [False]
+    assert len(resets) == 2
 
 
 def test_what_the_seconds_do_not_reach_is_named(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from suite_parts import KEY, proof
 
+from fuserl.bench.suite import proof as suite_proof
 from fuserl.bench.suite.proof import judge, prove
 
 ROOT = Path(__file__).parents[2]
@@ -61,8 +62,10 @@ def test_tests_that_nobody_knows_make_everything_red() -> None:
     broken = {"kind": "collection_error", "id": "test_x.py", "reason": "E  ImportError: gone"}
     found = judge([*LINES, broken, *PASSED], KEY, is_whole=True)
     assert "test_x.py: E  ImportError: gone" in str(found.why_red(["glu"]))
-    found = judge([], KEY, is_whole=True)
-    assert found.why_red(["glu"]) == "tests could not be collected: none was found"
+    begun, end = {"kind": "session", "selection": "gpu"}, {"kind": "end", "exit_code": 3}
+    for lines in ([], [begun], [begun, end]):
+        found = judge(lines, KEY, is_whole=True)
+        assert found.why_red(["glu"]) == "tests could not be collected: none was found"
 
 
 def test_outcomes_that_were_cut_off_answer_nothing() -> None:
@@ -98,7 +101,7 @@ def tree(tmp_path: Path) -> Path:
         "    outcome_report.select(config, items)\n"
     )
     (tests / "test_ops.py").write_text(
-        "import os, time, pytest\n"
+        "import ctypes, os, time, pytest\n"
         "pytestmark = pytest.mark.gpu\n"
         "@pytest.mark.covers('glu')\n"
         "def test_glu(): pass\n"
@@ -107,6 +110,11 @@ def tree(tmp_path: Path) -> Path:
         "def test_glu_large(): open('large_ran', 'w').close()\n"
         "@pytest.mark.covers('gae')\n"
         "def test_gae(): assert not os.environ.get('BREAK_GAE'), 'gae is broken'\n"
+        "@pytest.mark.covers('layer_norm')\n"
+        "def test_stuck():\n"
+        "    lock = ctypes.create_string_buffer(64)\n"
+        "    for _ in range(1 + ('STUCK' in os.environ)):\n"
+        "        ctypes.CDLL(None).pthread_mutex_lock(lock)\n"
         "@pytest.mark.covers('rotary')\n"
         "def test_slow(): time.sleep(float(os.environ.get('SLEEP', '0')))\n"
     )
@@ -123,7 +131,7 @@ def test_tests_are_run_once_for_the_same_sources(
     tree: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     found = run(tree)
-    assert found.green == {"glu": 2, "gae": 1, "rotary": 1}
+    assert found.green == {"glu": 2, "gae": 1, "layer_norm": 1, "rotary": 1}
     assert (tree / "large_ran").exists()
     monkeypatch.setenv("BREAK_GAE", "1")
     capfd.readouterr()
@@ -131,7 +139,7 @@ def test_tests_are_run_once_for_the_same_sources(
     assert "as they were, for the same sources" in capfd.readouterr().out
     found = run(tree, key={**KEY, "sources": "changed"})
     assert "gae is broken" in found.failures[0]["reason"]
-    assert set(found.green) == {"glu", "rotary"}
+    assert set(found.green) == {"glu", "layer_norm", "rotary"}
     assert set(found.red) == {"gae"}
 
 
@@ -142,6 +150,20 @@ def test_only_the_tests_of_the_ops_that_were_asked_for(tree: Path) -> None:
     assert found.why_red(["glu"]) == "glu: no test of it has run"
     assert not (tree / "large_ran").exists()
     assert run(tree, "gae", "rotary").green == {"gae": 1, "rotary": 1}
+
+
+def test_a_test_that_waits_for_ever_is_red_alone(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a kernel that never ends: no signal reaches Python."""
+    pytest.importorskip("xdist", reason="a worker can be replaced, a process alone cannot")
+    pytest.importorskip("pytest_timeout", reason="else it is ended with all others")
+    monkeypatch.setenv("STUCK", "1")
+    monkeypatch.setattr(suite_proof, "_ONE_TEST_SECONDS", 3)
+    found = run(tree)
+    assert "1 of 1 tests failed" in found.red["layer_norm"]
+    assert set(found.green) == {"gae", "glu", "rotary"}
+    assert found.is_complete
 
 
 def test_what_runs_out_of_time_is_red(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 where there is none."""
 
 import json
+import os
 import runpy
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from suite_parts import CEILINGS, KEY, MACHINE, ROWS, proof
+from suite_parts import CEILINGS, KEY, MACHINE, ROWS, proof, record
 
 from fuserl.bench import run
 from fuserl.bench.ops import providers
 from fuserl.bench.suite import cases, extension, machine, session, without_gpu
 from fuserl.bench.suite.cases import Part
 from fuserl.bench.suite.extension import Build
+from fuserl.bench.suite.part import time_part
 from fuserl.bench.suite.proof import Proof
 from fuserl.bench.suite.session import run_all, run_session
 from fuserl.bench.suite.without_gpu import CHECKS, Check, run_without_gpu
@@ -65,6 +68,49 @@ def test_a_session_builds_proves_times_and_sums_up(
         assert told in out
     assert (tmp_path / "summary.md").exists()
     assert json.loads((tmp_path / "ops.json").read_text())["is_finished"]
+
+
+def test_a_case_that_never_ends_leaves_the_summary_of_the_others(
+    as_on_gpu: list[Any], tmp_path: Path
+) -> None:
+    kept = record(tmp_path, "ops", proof("token_logprobs"))
+    assert time_part(session.PARTS["ops"], kept, time.monotonic() + 60) == []
+    code = (
+        "import ctypes, sys, time; from pathlib import Path\n"
+        "from fuserl.bench.suite.session import _ended_after\n"
+        "with _ended_after(time.monotonic() + 30, Path(sys.argv[1])): pass\n"
+        "with _ended_after(time.monotonic() + 0.2, Path(sys.argv[1])):\n"
+        "    lock = ctypes.create_string_buffer(64)\n"
+        "    while True: ctypes.CDLL(None).pthread_mutex_lock(lock)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'engine'}{os.pathsep}{ROOT / 'kernels'}"},
+    )
+    assert done.returncode == 1
+    assert 'File "<string>", line 6' in done.stderr  # where it hung
+    assert "the last case did not end, and is given up\n**ops**" in done.stdout
+    assert ROWS.title in (tmp_path / "summary.md").read_text()
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_minutes_are_spent(
+    as_on_gpu: list[Any], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    end = time.monotonic() + 100
+    with pytest.raises(OSError):
+        run_session(ROOT, part="ops", ops=[], deadline=end, out=tmp_path / "file", commit=None)
+    assert as_on_gpu == []
+
+
+def test_a_part_has_no_more_than_its_seconds(as_on_gpu: list[Any], tmp_path: Path) -> None:
+    end = time.monotonic() + 10_000
+    assert run_session(ROOT, part="ops", ops=[], deadline=end, out=tmp_path, commit=None) == 0
+    ((_, seconds, *_),) = as_on_gpu
+    assert seconds <= 0.6 * session.PART_SECONDS
 
 
 def test_red_tests_are_told_by_the_exit_code(
@@ -158,6 +204,14 @@ def test_the_machine_is_told_apart_by_its_sources(tmp_path: Path) -> None:
     source.write_text("b")
     source.rename(tmp_path / "kernels" / "y.py")
     assert machine.source_digest(tmp_path) != first
+    modules = tmp_path / "kernels" / "fuserl_kernels"
+    modules.mkdir()
+    assert machine.built_modules(tmp_path) == {}
+    (modules / "_native.cpython-312.so").write_text("built")
+    before = machine.built_modules(tmp_path)
+    assert list(before) == ["_native.cpython-312.so"]
+    (modules / "_native.cpython-312.so").write_text("built again")
+    assert machine.built_modules(tmp_path) != before
     found = machine.describe(ROOT, "cpu", "a commit")
     assert found["commit"] == "a commit"
     assert found["sources"] == machine.source_digest(ROOT)
@@ -178,6 +232,16 @@ def test_a_build_that_fails_is_told_and_raises_nothing(
     assert str(extension.build(tmp_path)) == (
         "native modules (cpu): not built, the build failed:\nno header"
     )
+    monkeypatch.setattr(extension.shutil, "which", lambda name: name)
+    (tmp_path / "setup.py").write_text(
+        "import subprocess, sys\n"
+        "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+    )
+    monkeypatch.setattr(extension, "_LONGEST_SECONDS", 0.5)
+    began = time.monotonic()
+    assert str(extension.build(tmp_path)).endswith("not built, not done after 0 s")
+    assert time.monotonic() - began < 10  # nor is the compiler that it started waited for
+    monkeypatch.undo()
     monkeypatch.setattr(extension.shutil, "which", lambda name: name)
     (tmp_path / "setup.py").write_text(
         "import os, sys\nassert os.environ['FUSERL_BUILD'] == 'cuda'\n"

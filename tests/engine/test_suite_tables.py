@@ -10,10 +10,10 @@ import pytest
 from suite_parts import CEILINGS, PHASES, ROWS, STEPS, proof, record
 
 from fuserl.bench import decode_steps, rl_phases, run
-from fuserl.bench.ops import providers
+from fuserl.bench.ops import default_provider, providers
 from fuserl.bench.suite.cases import DECODING, TRAINING
 from fuserl.bench.suite.part import Record
-from fuserl.bench.suite.plots import draw
+from fuserl.bench.suite.plots import bars, draw
 from fuserl.bench.suite.reader import read_folder, result_folders
 from fuserl.bench.suite.tables import BEGIN, END, readme_block, replace_block, write_summary
 
@@ -27,9 +27,8 @@ def timed() -> list[dict[str, Any]]:
     """An op, decode steps and steps of GRPO, measured on this machine's CPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "measure_ceilings", lambda device, dtype: CEILINGS)
-        op = run.run_case(
-            ROWS, providers("token_logprobs", "torch,trl,fuserl-reference"), CEILINGS, 3, 1.0
-        )
+        names = f"torch,trl,fuserl-reference,{default_provider(ROWS)}"
+        op = run.run_case(ROWS, providers("token_logprobs", names), CEILINGS, 3, 1.0)
     kept = Record(Path(), "ops", {}, CEILINGS, GREEN)
     kept.keep(ROWS, op)
     kept.keep(STEPS, decode_steps.run_case(STEPS, CEILINGS, 1.0))
@@ -53,16 +52,44 @@ def test_the_summary_has_a_row_for_all_that_was_timed(
     assert (
         "a GPU, torch 2.11.0, Triton 3.6.0, 2026-01-02, commit 0123456789; copy 0.00 TB/s" in text
     )
-    assert f"| {ROWS.title} | reference |" in text
+    name = default_provider(ROWS)
+    assert f"| {ROWS.title} | {name.removeprefix('fuserl-')} |" in text
     assert text.count("| tiny | 2 |") == 2
     assert f"{PHASES.title}:\n\n| phase | ms |" in text
     for phase in ("rollout", "score", "shape", "update", "step"):
         assert f"\n| {phase} | " in text
     (row,) = [line for line in text.splitlines() if ROWS.title in line]
-    ours = next(r for r in timed[0]["results"] if r["is_ours"])
+    ours = next(r for r in timed[0]["results"] if r["provider"] == name)
     torch = next(r for r in timed[0]["results"] if r["provider"] == "torch")
     assert f"| {torch['median_ms'] / ours['median_ms']:.2f}x |" in row
     assert f"| {timed[0]['floor_ms'] / ours['median_ms']:.0%} |" in row
+
+
+def test_ours_is_what_a_user_gets_though_another_of_ours_be_faster(
+    timed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    def result(provider: str, milliseconds: float, is_ours: bool) -> dict[str, Any]:
+        times = {"samples_ms": [milliseconds], "median_ms": milliseconds}
+        quartiles = [milliseconds, milliseconds]
+        return {"provider": provider, "is_ours": is_ours, "quartiles_ms": quartiles, **times}
+
+    results = [
+        result("fuserl-native", 1.0, True),
+        result("fuserl-triton", 4.0, True),
+        result("torch", 8.0, False),
+    ]
+    case = {**timed[0], "default": "fuserl-triton", "floor_ms": 3.0, "results": results}
+    write(tmp_path, [case])
+    (row,) = [line for line in write_summary(tmp_path).splitlines() if ROWS.title in line]
+    assert "| triton | 4 [4, 4] | 3 | 75% | 2.00x | - | - |" in row
+    (bar,) = bars(read_folder(tmp_path)[0])
+    assert bar[1] == 0.75
+    full = {**results[1], "samples_ms": [], "status": "out of memory", "reason": "9 GB"}
+    write(tmp_path, [{**case, "results": [results[0], full]}])
+    assert f"\n- {ROWS.title}: fuserl-triton: out of memory, 9 GB" in write_summary(tmp_path)
+    assert bars(read_folder(tmp_path)[0]) == []
+    write(tmp_path, [{**case, "results": [results[0]]}])
+    assert "fuserl-triton, which a user gets, was not timed" in write_summary(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +98,7 @@ def test_the_summary_has_a_row_for_all_that_was_timed(
         ({"proof": proof(*DECODING, red={"token_logprobs": "2 of 5 tests failed"})}, "2 of 5"),
         ({"proof": proof(*DECODING)}, "token_logprobs: no test of it has run"),
         ({"sources": "another"}, "its tests were those of other sources (abc)"),
+        ({"modules": {}}, "its tests were those of other native modules ({'_native.so': 'def'})"),
         ({"proof": proof("token_logprobs", *DECODING, errors=["test_x.py: gone"])}, "test_x.py"),
     ],
 )

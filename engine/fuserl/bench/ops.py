@@ -261,6 +261,16 @@ def _ours(op: str, implementation: str) -> Provider:
     return Provider(f"fuserl-{implementation}", make, implementation)
 
 
+def default_provider(case: Case) -> str:
+    """The one of ours that runs where nobody chooses: what a user of the op gets."""
+    table = tables()[case.op]
+    sample = torch.empty(0, dtype=case.torch_dtype, device=case.device)
+    with fk.use_backend("auto"):
+        chosen = backend.select(case.op, table, sample)
+    (name,) = (name for name, implementation in table.items() if implementation is chosen)
+    return f"fuserl-{name}"
+
+
 def providers(op: str, names: str = "all") -> list[Provider]:
     """Those named, separated by commas; plain torch is always among them, for the ratios.
 

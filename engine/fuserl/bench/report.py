@@ -68,6 +68,8 @@ class CaseReport:
     baseline: str
     results: list[Result]
     memory_note: str | None = None
+    default: str | None = None
+    """The provider that a user of the op gets who chooses none."""
 
     def timed(self) -> list[Result]:
         """The fastest first."""
@@ -87,6 +89,7 @@ class CaseReport:
             "floor_ms": self.floor_ms,
             "required_gradient_bytes": self.required_bytes,
             "memory_note": self.memory_note,
+            "default": self.default,
             "results": [self._result_json(result) for result in self.results],
         }
 

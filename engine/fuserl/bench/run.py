@@ -12,7 +12,7 @@ from fuserl.bench.case import PASSES, Case
 from fuserl.bench.checking import Call, bound_for, measure_error
 from fuserl.bench.memory import peak_extra_bytes, why_not_measured
 from fuserl.bench.op import BASELINE, Op, Provider, Sizes
-from fuserl.bench.ops import find_op, providers
+from fuserl.bench.ops import default_provider, find_op, providers
 from fuserl.bench.output import WrongAnswer, first_line, write_json
 from fuserl.bench.problem import Problem
 from fuserl.bench.report import CaseReport, Result
@@ -149,7 +149,16 @@ def run_case(
             by_name[name].wall_ms = wall_ms(calls[name], by_name[name].median_ms)
     ceilings = ceilings.better_of(measure_ceilings(case.device, case.dtype))
     floor = ceilings.floor_ms(op.cost(case))
-    return CaseReport(case, ceilings, floor, problem.required_bytes, BASELINE, results, note)
+    return CaseReport(
+        case,
+        ceilings,
+        floor,
+        problem.required_bytes,
+        BASELINE,
+        results,
+        note,
+        default_provider(case),
+    )
 
 
 def check(

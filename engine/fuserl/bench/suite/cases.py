@@ -48,7 +48,9 @@ def needs(case: AnyCase) -> tuple[str, ...]:
     """The ops (and "rollout") whose tests must be green for this case's numbers to be shown."""
     if isinstance(case, Case):
         return (case.op,)
-    return DECODING if isinstance(case, StepCase | RolloutCase) else (*DECODING, *TRAINING)
+    if isinstance(case, StepCase):
+        return DECODING
+    return (*DECODING, *PROMPTS) if isinstance(case, RolloutCase) else (*DECODING, *TRAINING)
 
 
 # --- ops

@@ -2,11 +2,13 @@
 
 import os
 import shutil
-import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from fuserl.bench.suite.processes import Job, run_until
 
 _LONGEST_SECONDS = 240.0
 _KEPT_LINES = 15
@@ -36,21 +38,16 @@ def build(root: Path) -> Build:
         return Build("none", False, 0.0, "there is no C++ compiler")
     mode = "cuda" if shutil.which("nvcc") else "cpu"
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--parallel", "8"]
+    environment = {**os.environ, "FUSERL_BUILD": mode}
     began = time.monotonic()
-    try:
-        done = subprocess.run(
-            command,
-            cwd=root,
-            env={**os.environ, "FUSERL_BUILD": mode},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=_LONGEST_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        return Build(mode, False, _LONGEST_SECONDS, f"not done after {_LONGEST_SECONDS:.0f} s")
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        (code,) = run_until([Job(command, environment, output)], began + _LONGEST_SECONDS, root)
+        output.seek(0)
+        said = output.read()
     seconds = time.monotonic() - began
-    if done.returncode == 0:
+    if code is None:
+        return Build(mode, False, seconds, f"not done after {_LONGEST_SECONDS:.0f} s")
+    if code == 0:
         return Build(mode, True, seconds, "")
-    end = "\n".join(done.stdout.strip().splitlines()[-_KEPT_LINES:])
+    end = "\n".join(said.strip().splitlines()[-_KEPT_LINES:])
     return Build(mode, False, seconds, f"the build failed:\n{end}")

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def describe(root: Path, device: str, commit: str | None) -> dict[str, Any]:
     """Of the machine and the tree at `root`. commit: where there is no git tree to ask."""
     found = report.describe_machine(device, torch.get_num_threads())
     found |= {"commit": commit or found["commit"], "sources": source_digest(root)}
+    found["modules"] = built_modules(root)
     found |= {"cpus": os.cpu_count(), "nvcc": _first_line("nvcc", "--version", line=-1)}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -59,6 +61,13 @@ def source_digest(root: Path) -> str:
         digest.update(str(path.relative_to(root)).encode() + b"\0")
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]
+
+
+def built_modules(root: Path) -> dict[str, str]:
+    """Digests of the native modules that are there: with one more, or another, other code runs."""
+    folder = root / "kernels" / "fuserl_kernels"
+    paths = sorted(path for suffix in EXTENSION_SUFFIXES for path in folder.glob(f"_*{suffix}"))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths}
 
 
 def _source_files(root: Path) -> Iterator[Path]:

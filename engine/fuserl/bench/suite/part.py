@@ -1,5 +1,6 @@
 """One part of the suite: its cases in turn, until its seconds are used up."""
 
+import gc
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
@@ -65,12 +66,14 @@ def time_part(part: Part, record: Record, deadline: float, ops: Collection[str] 
     ops: only cases of these (all where it is empty). deadline: of time.monotonic().
     """
     wrong: list[str] = []
+    lost: str | None = None
     for case in part.cases():
         if ops and not set(ops) & set(needs(case)):
             continue
-        reason = _why_not(case, record.proof, deadline)
+        reason = lost or _why_not(case, record.proof, deadline)
         if reason is None:
             try:
+                _release_leftovers()
                 seconds = min(CASE_SECONDS, deadline - time.monotonic())
                 found = measure(case, record.ceilings, seconds, record.proof)
                 record.keep(case, found)
@@ -84,12 +87,11 @@ def time_part(part: Part, record: Record, deadline: float, ops: Collection[str] 
             print(f"{case.title}: not timed, {reason}\n", flush=True)
             record.not_timed.append({"title": case.title, "reason": reason})
         record.write()
-        if not _device_answers():
-            wrong.append(f"the device answers no more since {case.title}")
-            break
-    else:
-        record.is_finished = True
-        record.write()
+        if lost is None and not _device_answers():
+            lost = f"the device answers no more since {case.title}"
+            wrong.append(lost)
+    record.is_finished = lost is None
+    record.write()
     print(part.units)
     return wrong
 
@@ -100,13 +102,21 @@ def _why_not(case: AnyCase, proof: Proof, deadline: float) -> str | None:
     return "the seconds were used up" if time.monotonic() >= deadline else None
 
 
+def _release_leftovers() -> None:
+    """Models in reference cycles, and graphs that torch.compile keeps: the next case may want all
+    of the memory."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 def _device_answers() -> bool:
     """A kernel that went astray leaves the process without a device."""
     if not torch.cuda.is_initialized():
         return True
     try:
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()
     except RuntimeError:
         return False
     return True

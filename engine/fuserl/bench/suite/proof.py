@@ -2,15 +2,13 @@
 
 The tests name the ops they cover and write their outcomes line by line (tests/outcome_report.py).
 An op is green where every test that covers it has run and none failed; all others are red, each
-with its reason. Outcomes are kept beside the build, and hold until the sources, the device or a
-version change.
+with its reason. Outcomes are kept beside the build, and hold until the sources, what was built of
+them, the device or a version change.
 """
 
 import importlib.util
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fuserl.bench.output import write_json
+from fuserl.bench.suite.processes import Job, run_until
 
 _RUNS = {"small": ("gpu and not large", 6), "large": ("gpu and large", 1)}
 """Selections of pytest's -m, each with its workers: a worker that loses its device is replaced."""
@@ -34,7 +33,7 @@ def in_cuda(op: str) -> str:
 @dataclass(frozen=True, slots=True)
 class Proof:
     key: Mapping[str, Any]
-    """What the outcomes hold for: sources, device, versions."""
+    """What the outcomes hold for: sources, built modules, device, versions."""
     is_whole: bool
     """Whether all tests were asked for, or only those of some ops."""
     is_complete: bool
@@ -106,7 +105,8 @@ def prove(
     for name, (selection, workers) in _RUNS.items():
         report = kept.with_name(f"{name}.jsonl")
         report.unlink(missing_ok=True)
-        _run(root, selection, workers, ops, report, deadline)
+        if run_until([_job(root, selection, workers, ops, report)], deadline, root) == [None]:
+            print(f"the {name} GPU tests ran out of time", flush=True)
         lines += _lines(report)
     found = judge(lines, key, is_whole=not ops, seconds=time.monotonic() - began)
     if before is not None and before.is_complete:
@@ -122,7 +122,8 @@ def judge(
     is_whole: bool,
     seconds: float = 0.0,
 ) -> Proof:
-    """lines: of reports of tests/outcome_report.py, which may have been cut off."""
+    """lines: of reports of tests/outcome_report.py, which may have been cut off. Each report
+    begins with all tests, also those that another run takes."""
     collected: dict[str, Sequence[str]] = {}
     outcomes: dict[str, str] = {}
     failures: list[dict[str, str]] = []
@@ -175,20 +176,19 @@ def _lines(report: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in report.read_text().split("\n")[:-1]]
 
 
-def _run(
-    root: Path, selection: str, workers: int, ops: Collection[str], report: Path, deadline: float
-) -> None:
-    """pytest, its output passed on; killed with all its workers at the deadline."""
-    left = deadline - time.monotonic()
-    if left <= 0:
-        return
+def _job(root: Path, selection: str, workers: int, ops: Collection[str], report: Path) -> Job:
+    """pytest, its output passed on."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", selection]
     names = [*ops, *map(in_cuda, ops)]
     command += ["--tb=short", *(f"--covers={name}" for name in sorted(names))]
-    if importlib.util.find_spec("xdist") is not None:
+    has_workers = importlib.util.find_spec("xdist") is not None
+    if has_workers:
         command += ["-n", str(min(workers, os.cpu_count() or 1))]
     if importlib.util.find_spec("pytest_timeout") is not None:
         command += [f"--timeout={_ONE_TEST_SECONDS}"]
+        # A wait for a kernel that never ends hears no signal: only the end of its process helps,
+        # and a worker that ends is replaced.
+        command += ["--timeout-method=thread"] if has_workers else []
     sources = [str(root / "engine"), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
@@ -196,15 +196,4 @@ def _run(
         "FUSERL_TEST_REPORT": str(report),
     }
     print(f"$ {' '.join(command[1:])} tests", flush=True)
-    process = subprocess.Popen(
-        [*command, "tests"], cwd=root, env=environment, start_new_session=True
-    )
-    try:
-        process.wait(timeout=left)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        print("the GPU tests ran out of time", flush=True)
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
+    return Job([*command, "tests"], environment)

@@ -47,8 +47,9 @@ def _read(path: Path) -> Results:
         raise ValueError(f"{path}: not a file of the GPU suite (format {FORMAT} with its proof)")
     proof, machine = Proof(**content["proof"]), content["machine"]
     others = None
-    if proof.key["sources"] != machine["sources"]:
-        others = f"its tests were those of other sources ({proof.key['sources']})"
+    for name, what in (("sources", "sources"), ("modules", "native modules")):
+        if proof.key[name] != machine[name]:
+            others = f"its tests were those of other {what} ({proof.key[name]})"
     shown, hidden = [], [(left["title"], left["reason"]) for left in content["not_timed"]]
     for case in content["cases"]:
         reason = others or proof.why_red(case["needs"])

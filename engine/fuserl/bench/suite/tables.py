@@ -66,10 +66,10 @@ def _first_of_each_op(results: Results) -> Results:
 
 def _section(results: Results) -> str:
     blocks = [_heading(results), *_tables(results)]
-    if results.hidden:
-        lines = [
-            f"- {title}: {(reason.splitlines() or ['?'])[0]}" for title, reason in results.hidden
-        ]
+    absent = [(case["title"], _why_absent(case)) for case in results.of_kind("op")]
+    hidden = [*results.hidden, *((title, reason) for title, reason in absent if reason)]
+    if hidden:
+        lines = [f"- {title}: {(reason.splitlines() or ['?'])[0]}" for title, reason in hidden]
         blocks.append("Not shown:\n\n" + "\n".join(lines))
     return "\n\n".join(blocks)
 
@@ -109,12 +109,28 @@ def _timed(case: Found) -> list[Found]:
     return sorted(found, key=lambda result: result["median_ms"])
 
 
+def ours_of(case: Found) -> Found | None:
+    """What a user gets who chooses no implementation, where it was timed: never a faster one of
+    ours that has to be asked for."""
+    return next((r for r in _timed(case) if r["provider"] == case["default"]), None)
+
+
+def _why_absent(case: Found) -> str | None:
+    """Why it has no row; None if it has one."""
+    if ours_of(case) is not None:
+        return None
+    for result in case["results"]:
+        if result["provider"] == case["default"]:
+            return f"{result['provider']}: {result['status']}, {result['reason']}"
+    return f"{case['default']}, which a user gets, was not timed"
+
+
 def _op_rows(cases: Iterable[Found]) -> list[str]:
     heads = ("", "ours", "ms", "limit, ms", "share of it", f"vs {BASELINE}", "vs best rival")
     rows = [table_row(*heads, "peak, MB"), table_row("---", "---", *["--:"] * 4, "---", "--:")]
     for case in cases:
         timed = _timed(case)
-        ours = next((result for result in timed if result["is_ours"]), None)
+        ours = ours_of(case)
         if ours is None:
             continue
         others = [result for result in timed if not result["is_ours"]]
