@@ -356,6 +356,7 @@ print(len(run_case(case, Ceilings(1e10, 1e11, "fp32"), 0).results))
 
 
 @pytest.mark.gpu
+@pytest.mark.covers("rollout")
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
 def test_a_gpu_tells_captures_and_peaks(algorithm: str) -> None:
     case = dataclasses.replace(GRPO, algorithm=algorithm, dtype="bf16", device="cuda")

@@ -260,6 +260,7 @@ def test_kernels_are_told_from_the_host_and_from_ranges() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.covers("rollout")
 def test_a_gpu_gives_kernels_and_a_snapshot(
     config: Callable[..., ProfileConfig], tmp_path: Path
 ) -> None:

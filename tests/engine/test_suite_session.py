@@ -110,7 +110,7 @@ def test_a_part_has_no_more_than_its_seconds(as_on_gpu: list[Any], tmp_path: Pat
     end = time.monotonic() + 10_000
     assert run_session(ROOT, part="ops", ops=[], deadline=end, out=tmp_path, commit=None) == 0
     ((_, seconds, *_),) = as_on_gpu
-    assert seconds <= 0.6 * session.PART_SECONDS
+    assert seconds <= 0.7 * session.PART_SECONDS
 
 
 def test_red_tests_are_told_by_the_exit_code(

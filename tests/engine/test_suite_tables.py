@@ -27,7 +27,7 @@ def timed() -> list[dict[str, Any]]:
     """An op, decode steps and steps of GRPO, measured on this machine's CPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "measure_ceilings", lambda device, dtype: CEILINGS)
-        names = f"torch,trl,fuserl-reference,{default_provider(ROWS)}"
+        names = f"torch,{default_provider(ROWS)}"
         op = run.run_case(ROWS, providers("token_logprobs", names), CEILINGS, 3, 1.0)
     kept = Record(Path(), "ops", {}, CEILINGS, GREEN)
     kept.keep(ROWS, op)
@@ -80,8 +80,9 @@ def test_ours_is_what_a_user_gets_though_another_of_ours_be_faster(
     ]
     case = {**timed[0], "default": "fuserl-triton", "floor_ms": 3.0, "results": results}
     write(tmp_path, [case])
-    (row,) = [line for line in write_summary(tmp_path).splitlines() if ROWS.title in line]
-    assert "| triton | 4 [4, 4] | 3 | 75% | 2.00x | - | - |" in row
+    rows = [line for line in write_summary(tmp_path).splitlines() if ROWS.title in line]
+    assert "| triton | 4 [4, 4] | 3 | 75% | 2.00x | - | - |" in rows[0]
+    assert "| native (asked for) | 1 [1, 1] | 3 |" in rows[1]
     (bar,) = bars(read_folder(tmp_path)[0])
     assert bar[1] == 0.75
     full = {**results[1], "samples_ms": [], "status": "out of memory", "reason": "9 GB"}
@@ -118,13 +119,19 @@ def test_a_number_without_green_tests_is_never_shown(
 def test_cuda_without_green_tests_of_its_own_is_not_shown(
     timed: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    faster = {**timed[0]["results"][0], "provider": "fuserl-native", "is_ours": True}
-    faster = {**faster, "median_ms": 1e-3, "samples_ms": [1e-3]}
-    case = {**timed[0], "results": [*timed[0]["results"], faster]}
+    """And with them it has a row of its own, below that of what runs by itself."""
+    default = next(r for r in timed[0]["results"] if r["provider"] == timed[0]["default"])
+    triton = {**default, "provider": "fuserl-triton"}
+    native = {**default, "provider": "fuserl-native", "median_ms": 1e-3}
+    case = {**timed[0], "default": "fuserl-triton", "results": [triton, native]}
+    case["case"] = {**case["case"], "device": "cuda"}
     write(tmp_path, [case])
-    assert f"| {ROWS.title} | reference |" in write_summary(tmp_path)
+    text = write_summary(tmp_path)
+    assert f"| {ROWS.title} | triton |" in text
+    assert "native" not in text
     write(tmp_path, [case], proof=proof("token_logprobs", "native token_logprobs"))
-    assert f"| {ROWS.title} | native |" in write_summary(tmp_path)
+    rows = [line for line in write_summary(tmp_path).splitlines() if ROWS.title in line]
+    assert [row.split(" | ")[1] for row in rows] == ["triton", "native (asked for)"]
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

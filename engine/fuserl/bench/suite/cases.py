@@ -48,9 +48,7 @@ def needs(case: AnyCase) -> tuple[str, ...]:
     """The ops (and "rollout") whose tests must be green for this case's numbers to be shown."""
     if isinstance(case, Case):
         return (case.op,)
-    if isinstance(case, StepCase):
-        return DECODING
-    return (*DECODING, *PROMPTS) if isinstance(case, RolloutCase) else (*DECODING, *TRAINING)
+    return DECODING if isinstance(case, StepCase | RolloutCase) else (*DECODING, *TRAINING)
 
 
 # --- ops

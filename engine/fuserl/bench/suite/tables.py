@@ -130,25 +130,28 @@ def _op_rows(cases: Iterable[Found]) -> list[str]:
     rows = [table_row(*heads, "peak, MB"), table_row("---", "---", *["--:"] * 4, "---", "--:")]
     for case in cases:
         timed = _timed(case)
-        ours = ours_of(case)
-        if ours is None:
+        default = ours_of(case)
+        if default is None:
             continue
-        others = [result for result in timed if not result["is_ours"]]
-        torch = next((result for result in others if result["provider"] == BASELINE), None)
-        best = next((result for result in others if result["provider"] != BASELINE), None)
-        peak = ours.get("peak_beyond_gradients_bytes")
-        rows.append(
-            table_row(
-                case["title"],
-                ours["provider"].removeprefix("fuserl-"),
-                _spread(ours),
-                as_milliseconds(case["floor_ms"]),
-                f"{case['floor_ms'] / ours['median_ms']:.0%}",
-                "-" if torch is None else _ratio(torch, ours),
-                "-" if best is None else f"{_ratio(best, ours)} {best['provider']}",
-                "-" if peak is None else f"{peak / 1e6:.0f}",
+        rivals = [result for result in timed if not result["is_ours"]]
+        torch = next((result for result in rivals if result["provider"] == BASELINE), None)
+        best = next((result for result in rivals if result["provider"] != BASELINE), None)
+        others = [result for result in timed if result["is_ours"] and result is not default]
+        for ours in (default, *others):
+            peak = ours.get("peak_beyond_gradients_bytes")
+            asked_for = "" if ours is default else " (asked for)"
+            rows.append(
+                table_row(
+                    case["title"],
+                    f"{ours['provider'].removeprefix('fuserl-')}{asked_for}",
+                    _spread(ours),
+                    as_milliseconds(case["floor_ms"]),
+                    f"{case['floor_ms'] / ours['median_ms']:.0%}",
+                    "-" if torch is None else _ratio(torch, ours),
+                    "-" if best is None else f"{_ratio(best, ours)} {best['provider']}",
+                    "-" if peak is None else f"{peak / 1e6:.0f}",
+                )
             )
-        )
     return rows
 
 
