@@ -83,7 +83,7 @@ class BuildExtensions(build_ext):
             return
         try:
             CUDA_BUILD["build_module"](ext.sources, include, target)
-        except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        except (OSError, ValueError, subprocess.CalledProcessError) as error:
             raise CompileError(f"the CUDA kernels: {error}") from error
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import setuptools
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parents[1]
 CPU, CUDA = "fuserl_kernels._native", "fuserl_kernels._cuda"
@@ -68,3 +69,30 @@ def test_each_module_has_its_own_sources(extensions):
 def test_an_unknown_mode_lists_the_valid_ones(extensions):
     with pytest.raises(ValueError, match="one of auto, none, cpu, require, cuda, not 'gpu'"):
         extensions("gpu", True, None)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "#!/bin/sh\necho sm_52\n",  # too old
+        "#!/bin/sh\nexit 1\n",
+        "\x7fELF of another machine",
+    ],
+)
+def test_an_nvcc_that_cannot_compile_is_a_failed_compilation(monkeypatch, tmp_path, script):
+    """Which setuptools turns into a warning, or into the end of a strict install."""
+    compiler = tmp_path / "bin" / "nvcc"
+    compiler.parent.mkdir()
+    compiler.write_text(script)
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("FUSERL_BUILD", "none")
+    monkeypatch.chdir(ROOT)
+    arguments = {}
+    monkeypatch.setattr(setuptools, "setup", arguments.update)
+    defined = runpy.run_path("setup.py")
+    command = arguments["cmdclass"]["build_ext"](setuptools.Distribution())
+    command.ensure_finalized()
+    command.build_lib = str(tmp_path)
+    with pytest.raises(CompileError, match="the CUDA kernels: "):
+        command.build_extension(defined["cuda_extension"]())

@@ -220,7 +220,7 @@ def _complete(
     temperature: float,
 ) -> Generation:
     positions = policy.model.config.max_positions
-    return policy.generate(
+    out = policy.generate(
         [example.prompt_ids for example in examples],
         max_new_tokens=[
             min(config.max_new_tokens, positions - len(example.prompt_ids)) for example in examples
@@ -229,6 +229,8 @@ def _complete(
         seed=config.seed,
         num_slots=config.num_slots,
     )
+    policy.release()  # another policy and the judge want the memory, and no call like it follows
+    return out
 
 
 def _log_ratios(

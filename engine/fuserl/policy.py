@@ -45,9 +45,9 @@ class Policy:
         self._rollouts = RolloutMemory(share=None)
 
     def release(self) -> None:
-        """Give the device back what the last calls of `generate` and `stream` left for the next,
-        at most two fifths of what was free. The trainers do it before they begin. The next call
-        makes it anew; on a CPU there is nothing."""
+        """Give the device back what the last calls of `generate` and `stream` left for the next: a
+        cache of at most two fifths of what was free, and its graphs. The trainers do it before
+        they begin. The next call makes it anew; on a CPU there is nothing."""
         self._rollouts.release()
         self._rollouts = RolloutMemory(share=None)
 

@@ -105,6 +105,8 @@ def _wrong_instructions(case: Case, counts: dict[str, int]) -> list[str]:
     narrow = narrow_loads(counts, case.load_bits)
     if narrow > _SCALAR_LOADS:
         failures.append(f"{narrow} loads of fewer than {case.load_bits} bits")
+    if case.load_bits and narrow == narrow_loads(counts, 1024):
+        failures.append(f"no loads of {case.load_bits} bits")
     if case.tensor_cores and case.tensor_cores not in counts:
         failures.append(f"no {case.tensor_cores} instruction")
     if case.max_spill_bytes == 0 and ("LDL" in counts or "STL" in counts):

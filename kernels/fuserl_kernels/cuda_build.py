@@ -60,13 +60,16 @@ def targets(names: tuple[str, ...]) -> list[str]:
 def build_module(sources: list[str], include: list[str], target: Path) -> None:
     """Compile and link a Python extension; what the compiler says goes to the terminal.
 
-    Raises FileNotFoundError without a compiler, subprocess.CalledProcessError when it fails."""
+    Raises FileNotFoundError without a compiler, ValueError for one that is too old for
+    ARCHITECTURES, subprocess.CalledProcessError when it fails."""
     compiler = nvcc()
     if compiler is None:
         raise FileNotFoundError(
             "nvcc is neither in CUDA_HOME, nor on the PATH, nor in /usr/local/cuda"
         )
     names = architectures(compiler)
+    if not names:
+        raise ValueError(f"{compiler} compiles for none of sm_{', sm_'.join(ARCHITECTURES)}")
     target.parent.mkdir(parents=True, exist_ok=True)
     command: list[str | Path] = [compiler, "-shared", *FLAGS, *targets(names), "--threads", "0"]
     command.append(f'-DFUSERL_ARCHITECTURES="{" ".join(f"sm_{name}" for name in names)}"')

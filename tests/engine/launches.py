@@ -55,7 +55,7 @@ def counted_launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     with monkeypatch.context() as patch:
         for kind in kinds:
             patch.setattr(kind, "run", run)
-        patch.setitem(backend._DEVICES, "triton", "meta")
+        patch.setattr(triton_runtime, "device_type", lambda: "meta")
         patch.setattr(triton_runtime, "INTERPRETING", True)  # nothing is timed
         with launches, backend.use_backend("triton"):
             yield launches.names

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from late_device import LateRunner, use_late_device
 from packed import run_one
 
 from fuserl.config import EvaluateConfig
@@ -15,6 +17,7 @@ from fuserl.device import default_device
 from fuserl.evaluate import _judge, evaluate_policy, evaluate_reward_model, run_evaluate
 from fuserl.model.folder import load_scalar_model, save_model
 from fuserl.policy import Policy, load_policy
+from fuserl.rollout import module_runner
 from fuserl.rouge import rouge_l
 from fuserl.statistics import bootstrap_ci95
 from fuserl.tokenizer import train_tokenizer
@@ -104,6 +107,25 @@ def test_completions_equal_to_the_rows_tie(
     result, _ = evaluate_policy(config)
     assert result["win_rate"] == 0.5
     assert result["score"] == result["reference_score"]
+
+
+def test_the_judge_has_the_memory_of_the_policies(
+    config: EvaluateConfig, policy_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a device, where a policy keeps its cache for the next call."""
+    monkeypatch.setattr(module_runner, "_can_pack", lambda model: False)
+    monkeypatch.setattr(Policy, "_keeps", property(lambda self: True))
+    made = use_late_device(monkeypatch)
+    alive: list[weakref.ref[LateRunner]] = []
+
+    def judge(*arguments: Any) -> list[list[float]]:
+        alive.extend(weakref.ref(made.pop()) for _ in range(len(made)))
+        assert [runner() for runner in alive] == [None, None]
+        return _judge(*arguments)
+
+    monkeypatch.setattr("fuserl.evaluate._judge", judge)
+    evaluate_policy(dataclasses.replace(config, against=str(policy_folder)))
+    assert len(alive) == 2
 
 
 def test_rouge_of_identical_texts_is_one() -> None:

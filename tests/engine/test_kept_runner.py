@@ -117,6 +117,18 @@ def test_fewer_slots_than_asked_for_are_kept_when_memory_had_no_more(
     assert [runner.rows.slots.shape[0] for runner in made] == [3]
 
 
+def test_a_budget_is_that_of_its_call(make_model: MakeModel, made: list[LateRunner]) -> None:
+    """Less room than the call before had, and more."""
+    model, memory, options = make_model(seed=2), RolloutMemory(), options_of(7)
+    requests = requests_of(6, (9, 20), samples=1)
+    completions_of(model, requests, options, memory=memory)
+    budget = made[0].cache_bytes // 2
+    for given in (budget, None):
+        completions_of(model, requests, options, memory=memory, kv_budget_bytes=given)
+    assert made[1].cache_bytes <= budget
+    assert [len(runner.rows.slots) for runner in made[::2]] == [6, 6]
+
+
 def test_a_runner_that_is_out_is_not_lent_twice(
     make_model: MakeModel, made: list[LateRunner]
 ) -> None:

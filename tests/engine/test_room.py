@@ -95,6 +95,22 @@ def test_what_room_does_not_help_goes_on(
     assert (memory.kept is None) == (error is None)
 
 
+def test_what_the_caller_handles_says_nothing_of_a_phase(memory: RolloutMemory) -> None:
+    """Training again, smaller, from within the handler of an error of memory."""
+    for error, times in ((RuntimeError("device assert"), 1), (torch.OutOfMemoryError("CUDA"), 2)):
+        assert memory.kept is not None
+        phase = Short(1, error)
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        except torch.OutOfMemoryError:
+            if times == 2:
+                assert with_room(memory, "scoring", phase) == "done"
+            else:
+                with pytest.raises(RuntimeError, match="device assert"):
+                    with_room(memory, "scoring", phase)
+        assert phase.calls == times
+
+
 def test_nothing_kept_is_no_reason_to_begin_again() -> None:
     phase = Short(1)
     with pytest.raises(torch.OutOfMemoryError):

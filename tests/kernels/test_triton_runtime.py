@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from fuserl_kernels import backend, compile_gate, triton_runtime
+from fuserl_kernels.compile_cases import Case
+from fuserl_kernels.triton_runtime import Configuration
 
 needs_triton = pytest.mark.skipif(
     triton_runtime.why_no_compiler() is not None, reason="Triton cannot be imported"
@@ -110,6 +112,26 @@ print(measure(dataclasses.replace(case, load_bits=256, tensor_cores="HGMMA")).fa
     assert "does not compile" in second
     assert "loads of fewer than 256 bits" in third
     assert "no HGMMA instruction" in third
+
+
+@pytest.mark.parametrize(
+    ("counts", "failures"),
+    [
+        ({"load 128": 2, "load 32": 3}, []),
+        ({"load 128": 2, "load 32": 9}, ["9 loads of fewer than 128 bits"]),
+        ({"load 32": 3}, ["no loads of 128 bits"]),
+        ({}, ["no loads of 128 bits"]),  # as of a disassembly that is not understood
+    ],
+)
+def test_rows_are_read_in_wide_loads(counts, failures):
+    case = Case(
+        *("op", "variant", "sm_90", None, Configuration(4, 1), {}),
+        min_warps=1,
+        max_spill_bytes=0,
+        num_bytes=0,
+        load_bits=128,
+    )
+    assert compile_gate._wrong_instructions(case, counts) == failures
 
 
 @pytest.mark.parametrize(

@@ -84,14 +84,14 @@ class RolloutMemory:
     ) -> Lease:
         """The kept runner where it suits, else a new one; out of here until `put_back`.
 
-        It suits for the same model while parameters are where they were, with the same options,
-        and with a cache that is large enough.
+        It suits for the same model while parameters are where they were, with the same options and
+        budget, and with a cache that is large enough.
         """
         kept, self._kept = self._kept, None
         num_slots = wanted_slots(model, requests, num_slots)
         if self._most_slots is not None:
             num_slots = min(num_slots, self._most_slots)
-        key = _key(model, options)
+        key = (budget_bytes, *_key(model, options))
         if kept is not None and kept.key == key:
             part = kept.part(shape_for(requests, num_slots))
             if part is not None:

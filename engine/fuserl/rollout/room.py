@@ -1,6 +1,7 @@
 """Phases that need the memory which a kept rollout holds: scoring and training between rollouts."""
 
 import logging
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -23,10 +24,11 @@ def with_room(
     begin_again: undoes what the phase has begun; False where it has done what must not be done
     twice. The error goes on then, and where nothing was kept.
     """
+    handled = sys.exception()  # whoever trains while out of memory is handled has other errors too
     try:
         return phase()
     except (MemoryError, RuntimeError) as error:
-        if memory.kept is None or not is_out_of_memory(error):
+        if memory.kept is None or not is_out_of_memory(error, handled):
             raise
         if not begin_again():
             logger.error(
