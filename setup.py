@@ -114,7 +114,7 @@ setup(
         "tyro>=1.0,<2",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100"],
+        "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "pybind11>=2.13"],
         "oracles": ["trl==1.16.0", "liger-kernel==0.8.5", "peft==0.21.2"],
         "lint": ["ruff", "mypy", "types-PyYAML"],
     },

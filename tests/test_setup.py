@@ -8,6 +8,8 @@ import pytest
 import setuptools
 from setuptools.errors import CompileError
 
+pytest.importorskip("pybind11", reason="the extensions are built with pybind11")
+
 ROOT = Path(__file__).parents[1]
 CPU, CUDA = "fuserl_kernels._native", "fuserl_kernels._cuda"
 
@@ -32,7 +34,6 @@ def extensions(monkeypatch, tmp_path):
         runpy.run_path("setup.py")
         return {extension.name: extension for extension in arguments["ext_modules"]}
 
-    pytest.importorskip("pybind11", reason="pybind11 builds the CPU kernels")
     return run
 
 
