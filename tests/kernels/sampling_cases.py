@@ -19,6 +19,24 @@ OPTIONS = {
 }
 
 
+def options_at(vocab_size):
+    """(temperature, top_k, top_p, min_p) of each kind, some of which depend on the vocabulary."""
+    some, half = max(1, vocab_size // 3), vocab_size // 2 + 1
+    truncations = [
+        (0, 1.0, 0.0),
+        (some, 1.0, 0.0),
+        (0, 0.8123, 0.0),
+        (0, 1.0, 0.0531),
+        (half, 0.6517, 0.0),
+        (half, 0.9071, 0.0217),
+        (vocab_size, 0.99991, 0.0),
+        (1, 0.5, 0.0),
+        (0, 1e-9, 0.0),
+        (0, 1.0, 1.0),
+    ]
+    return [((0.8, 1.0, 1.7)[i % 3], *options) for i, options in enumerate(truncations)]
+
+
 def keys(num_rows):
     """Request ids of either sign and size, and positions up to 2^32."""
     request_ids = torch.randint(-(2**62), 2**62, (num_rows,))

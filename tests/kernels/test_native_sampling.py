@@ -28,24 +28,9 @@ def test_tokens_are_those_of_the_definition(instructions, kind, dtype):
     num_rows = num_decided = 0
     for vocab_size in (1, 2, 7, 33, 2049, 4140):
         logits = rows(kind, 6, vocab_size).to(dtype)
-        some, half = max(1, vocab_size // 3), vocab_size // 2 + 1
-        for seed, (top_k, top_p, min_p) in enumerate(
-            [
-                (0, 1.0, 0.0),
-                (some, 1.0, 0.0),
-                (0, 0.8123, 0.0),
-                (0, 1.0, 0.0531),
-                (half, 0.6517, 0.0),
-                (half, 0.9071, 0.0217),
-                (vocab_size, 0.99991, 0.0),
-                (1, 0.5, 0.0),
-                (0, 1e-9, 0.0),
-                (0, 1.0, 1.0),
-            ]
-        ):
-            temperature = (0.8, 1.0, 1.7)[seed % 3]
+        for seed, options in enumerate(sampling_cases.options_at(vocab_size)):
             num_rows += 6
-            num_decided += assert_agree(logits, temperature, top_k, top_p, min_p, seed, *keys(6))
+            num_decided += assert_agree(logits, *options, seed, *keys(6))
     assert num_decided > 0.8 * num_rows
 
 
