@@ -221,18 +221,20 @@ def test_the_machine_is_told_apart_by_its_sources(tmp_path: Path) -> None:
 def test_a_build_that_fails_is_told_and_raises_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(extension.shutil, "which", lambda name: None)
+    monkeypatch.setattr(extension.shutil, "which", lambda name, path=None: None)
     assert str(extension.build(tmp_path)) == (
         "native modules (none): not built, there is no C++ compiler"
     )
-    monkeypatch.setattr(extension.shutil, "which", lambda name: name if name == "g++" else None)
+    monkeypatch.setattr(
+        extension.shutil, "which", lambda name, path=None: name if name == "g++" else None
+    )
     (tmp_path / "setup.py").write_text(
         "import os, sys\nassert os.environ['FUSERL_BUILD'] == 'cpu'\nsys.exit('no header')\n"
     )
     assert str(extension.build(tmp_path)) == (
         "native modules (cpu): not built, the build failed:\nno header"
     )
-    monkeypatch.setattr(extension.shutil, "which", lambda name: name)
+    monkeypatch.setattr(extension.shutil, "which", lambda name, path=None: name)
     (tmp_path / "setup.py").write_text(
         "import subprocess, sys\n"
         "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
@@ -242,7 +244,7 @@ def test_a_build_that_fails_is_told_and_raises_nothing(
     assert str(extension.build(tmp_path)).endswith("not built, not done after 0 s")
     assert time.monotonic() - began < 10  # nor is the compiler that it started waited for
     monkeypatch.undo()
-    monkeypatch.setattr(extension.shutil, "which", lambda name: name)
+    monkeypatch.setattr(extension.shutil, "which", lambda name, path=None: name)
     (tmp_path / "setup.py").write_text(
         "import os, sys\nassert os.environ['FUSERL_BUILD'] == 'cuda'\n"
         "assert '--inplace' in sys.argv\n"

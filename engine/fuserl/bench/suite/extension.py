@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fuserl.bench.suite.processes import Job, run_until
+from fuserl_kernels import cuda_build
 
 _LONGEST_SECONDS = 240.0
 _KEPT_LINES = 15
@@ -36,12 +37,12 @@ def build(root: Path) -> Build:
     of it. To be called before anything looks for the modules."""
     if shutil.which("c++") is None and shutil.which("g++") is None:
         return Build("none", False, 0.0, "there is no C++ compiler")
-    mode = "cuda" if shutil.which("nvcc") else "cpu"
+    mode = "cuda" if cuda_build.nvcc() else "cpu"
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--parallel", "8"]
     environment = {**os.environ, "FUSERL_BUILD": mode}
     began = time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as output:
-        (code,) = run_until([Job(command, environment, output)], began + _LONGEST_SECONDS, root)
+        code = run_until(Job(command, environment, output), began + _LONGEST_SECONDS, root)
         output.seek(0)
         said = output.read()
     seconds = time.monotonic() - began

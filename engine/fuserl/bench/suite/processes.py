@@ -18,22 +18,9 @@ class Job:
     """A file for what it prints; passed on without one."""
 
 
-def run_until(jobs: Sequence[Job], deadline: float, cwd: Path) -> list[int | None]:
-    """Run them beside each other. The exit code of each; None where it was killed at the deadline
-    of time.monotonic()."""
-    started: list[subprocess.Popen] = []
-    try:
-        started += [_start(job, cwd) for job in jobs]
-        return [_wait(process, deadline) for process in started]
-    finally:
-        for process in started:
-            if process.returncode is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-
-
-def _start(job: Job, cwd: Path) -> subprocess.Popen:
-    return subprocess.Popen(
+def run_until(job: Job, deadline: float, cwd: Path) -> int | None:
+    """Its exit code; None where it was killed at the deadline of time.monotonic()."""
+    process = subprocess.Popen(
         job.command,
         cwd=cwd,
         env=dict(job.environment),
@@ -41,10 +28,11 @@ def _start(job: Job, cwd: Path) -> subprocess.Popen:
         stderr=None if job.output is None else subprocess.STDOUT,
         start_new_session=True,
     )
-
-
-def _wait(process: subprocess.Popen, deadline: float) -> int | None:
     try:
         return process.wait(timeout=max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         return None
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

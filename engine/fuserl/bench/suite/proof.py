@@ -105,7 +105,7 @@ def prove(
     for name, (selection, workers) in _RUNS.items():
         report = kept.with_name(f"{name}.jsonl")
         report.unlink(missing_ok=True)
-        if run_until([_job(root, selection, workers, ops, report)], deadline, root) == [None]:
+        if run_until(_job(root, selection, workers, ops, report), deadline, root) is None:
             print(f"the {name} GPU tests ran out of time", flush=True)
         lines += _lines(report)
     found = judge(lines, key, is_whole=not ops, seconds=time.monotonic() - began)
